@@ -1,0 +1,1 @@
+"""Swappable pieces of a particle filter: small functions on arrays."""

@@ -1,0 +1,1 @@
+"""Resampling kernels: `(key, log_weights, n) -> ancestors (n,) int32`."""

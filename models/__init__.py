@@ -1,0 +1,1 @@
+"""Programs worth shipping: state space, reasoning."""

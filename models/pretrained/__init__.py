@@ -1,0 +1,1 @@
+"""Small checkpoints, each with a card."""

@@ -1,0 +1,1 @@
+"""A language model writing step by step, as a program."""

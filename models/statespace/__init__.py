@@ -1,0 +1,1 @@
+"""State-space programs, their exact answers and example series."""

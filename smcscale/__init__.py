@@ -1,0 +1,1 @@
+"""Sequential Monte Carlo for programs that move a state through time and score it."""
