@@ -1,0 +1,213 @@
+"""One particle's transition and potential, run for all particles of all runs.
+
+States are flat lists of leaves `(R, N, ...)`. Random numbers are parted from the rest of the step
+(`smcscale.noise`), so that those of many steps are drawn at once outside the time loop.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from smcscale.feynman_kac import FeynmanKac, weighted
+from smcscale.noise import Split, split_noise
+
+#: elements of noise drawn at once: measured best near 2**16 on CPU (benchmarks/filter.py)
+_CHUNK_ELEMENTS = 65536
+_CHUNK_STEPS = 128
+_LARGE_CONSTANT = 1 << 20
+
+
+class Mutated(NamedTuple):
+    """What a step gave, over runs and particles.
+
+    Attributes:
+        leaves: state leaves `(R, N, ...)`.
+        log_weights: `(R, N)`, what is added to the log-weights.
+        costs: by name, `(R,)` sums over particles.
+    """
+
+    leaves: list
+    log_weights: Any
+    costs: dict
+
+
+class Mutation(NamedTuple):
+    """A batched step.
+
+    Attributes:
+        noise: `(keys (R,)) -> frontier`, arrays `(R, N, ...)` (or `(R, ...)` for native samplers).
+        apply: `(frontier, leaves, row) -> Mutated`.
+        chunk: steps whose noise is drawn at once; a function of N and the program only.
+        reads: per state leaf, whether the step reads the previous one.
+        uses: per state leaf, whether something is computed from the previous one.
+        aliases: per state leaf, the first leaf that is the same array after a step.
+    """
+
+    noise: Callable[[Any], tuple]
+    apply: Callable[[tuple, list, Any], Mutated]
+    chunk: int
+    reads: tuple[bool, ...]
+    uses: tuple[bool, ...]
+    aliases: tuple[int, ...]
+
+
+def draw_initial(model: FeynmanKac, row: Any, keys: Any, num_particles: int) -> tuple:
+    """Draw every run's particles from the initial law.
+
+    Args:
+        model: the Feynman-Kac model.
+        row: row 0, for a model with `inputs_at_start`.
+        keys: `(R,)`.
+        num_particles: N.
+    Returns:
+        leaves `(R, N, ...)`, log-weights `(R, N)`, the state's structure.
+    """
+    at_start = model.capabilities.inputs_at_start
+    structure: list = []
+
+    def start(key: Any, *row_leaves: Any) -> list:
+        given = jax.tree.unflatten(row_structure, row_leaves)
+        out = weighted(model.initial(key, given) if at_start else model.initial(key))
+        log_weight = out.log_increment
+        if at_start:
+            log_weight = log_weight + model.log_potential(out.state, out.state, given)
+        leaves, treedef = jax.tree.flatten(out.state)
+        structure[:] = [treedef]
+        return [log_weight, *map(jnp.asarray, leaves)]
+
+    row_leaves, row_structure = jax.tree.flatten(row if at_start else None)
+    split = split_noise(start, keys.dtype, row_leaves)
+    axes = tuple(0 if b else None for b in split.batched)
+
+    def one_run(key: Any) -> list:
+        return jax.vmap(
+            lambda values: split.rest(values, *row_leaves),
+            in_axes=(axes,),
+            axis_size=num_particles,
+        )(split.noise(key, num_particles))
+
+    log_weights, *leaves = jax.vmap(one_run)(keys)
+    return leaves, log_weights, structure[0]
+
+
+def mutation(
+    model: FeynmanKac, leaves: list, structure: Any, row: Any, num_particles: int, key_dtype: Any
+) -> Mutation:
+    """The transition and potential of `model` for states like `leaves` (one particle, abstract).
+
+    Raises:
+        TypeError: when the transition returns another state type than it was given.
+    """
+    row_leaves, row_structure = jax.tree.flatten(row)
+    names: list[str] = []
+
+    def score(previous: Any, state: Any, given: Any, increment: Any) -> list:
+        log_weight = increment + model.log_potential(previous, state, given)
+        if jnp.shape(log_weight) != ():
+            raise ValueError(
+                f"smcscale: the log potential of one particle has shape {jnp.shape(log_weight)}.\n"
+                "  try: a scalar; sum over dimensions."
+            )
+        costs = {} if model.cost is None else model.cost(previous, state, given)
+        names[:] = list(costs)
+        return [log_weight, *(jnp.asarray(c, jnp.float32) for c in costs.values())]
+
+    def step(key: Any, *arguments: Any) -> list:
+        previous = jax.tree.unflatten(structure, arguments[: len(leaves)])
+        given = jax.tree.unflatten(row_structure, arguments[len(leaves) :])
+        out = weighted(model.transition(key, previous, given))
+        new = _checked(out.state, structure, leaves)
+        state = jax.tree.unflatten(structure, new)
+        return [*new, *score(previous, state, given, out.log_increment)]
+
+    if model.batched is not None:
+        return _batched_mutation(model, leaves, structure, score, names)
+
+    split = split_noise(step, key_dtype, [*leaves, *row_leaves])
+    if split.constant_bytes > _LARGE_CONSTANT:
+        warnings.warn(
+            f"smcscale: the program closes over {split.constant_bytes / 2**20:.0f} MB of arrays, "
+            "which become constants of the compiled program.\n"
+            "  try: pass them to `run` as arguments.",
+            stacklevel=2,
+        )
+    over_particles = tuple(0 if b else None for b in split.batched)
+
+    def noise(keys: Any) -> tuple:
+        return jax.vmap(lambda key: split.noise(key, num_particles))(keys)
+
+    def apply(frontier: tuple, current: list, row: Any) -> Mutated:
+        given = jax.tree.leaves(row)
+
+        def one(values: tuple, *state: Any) -> list:
+            return split.rest(values, *state, *given)
+
+        axes = (over_particles, *([0] * len(leaves)))
+        out = jax.vmap(jax.vmap(one, in_axes=axes))(frontier, *current)
+        new, (log_weights, *costs) = out[: len(leaves)], out[len(leaves) :]
+        sums = {n: jnp.sum(c, axis=1) for n, c in zip(names, costs, strict=True)}
+        return Mutated(new, log_weights, sums)
+
+    elements = split.elements * num_particles
+    chunk = 1 if elements == 0 else min(_CHUNK_STEPS, max(2, round(_CHUNK_ELEMENTS / elements)))
+    return Mutation(
+        noise,
+        apply,
+        chunk,
+        split.reads[: len(leaves)],
+        split.uses[: len(leaves)],
+        split.aliases[: len(leaves)],
+    )
+
+
+def _batched_mutation(
+    model: FeynmanKac, leaves: list, structure: Any, score: Callable, names: list[str]
+) -> Mutation:
+    """A model that moves all particles itself, with one key for them."""
+    assert model.batched is not None
+    batched = model.batched
+
+    def apply(frontier: tuple, current: list, row: Any) -> Mutated:
+        def one_run(key: Any, *state: Any) -> list:
+            previous = jax.tree.unflatten(structure, state)
+            out = batched(key, previous, row)
+            increment = jnp.zeros(jnp.shape(state[0])[:1])
+            if hasattr(out, "log_increment"):
+                out, increment = out.state, out.log_increment
+            scored = jax.vmap(lambda p, s, i: score(p, s, row, i))(previous, out, increment)
+            return [*jax.tree.leaves(out), *scored]
+
+        out = jax.vmap(one_run)(frontier[0], *current)
+        new, (log_weights, *costs) = out[: len(leaves)], out[len(leaves) :]
+        return Mutated(
+            new, log_weights, {n: jnp.sum(c, axis=1) for n, c in zip(names, costs, strict=True)}
+        )
+
+    everything = (True,) * len(leaves)
+    return Mutation(
+        lambda keys: (keys,), apply, 1, everything, everything, tuple(range(len(leaves)))
+    )
+
+
+def _checked(state: Any, structure: Any, leaves: list) -> list:
+    """The leaves of a new state, in the types of the old one."""
+    new, treedef = jax.tree.flatten(state)
+    if treedef != structure:
+        raise TypeError(
+            "smcscale: the transition returns a state of another structure than it was given.\n"
+            f"  given: {structure}\n  returned: {treedef}\n"
+            "  try: the same pytree from `initial` and `transition`."
+        )
+    out = []
+    for value, like in zip(new, leaves, strict=True):
+        if jnp.shape(value) != tuple(like.shape):
+            raise TypeError(
+                f"smcscale: the transition returns a leaf of shape {jnp.shape(value)} where it was "
+                f"given {tuple(like.shape)}.\n  try: states of one fixed shape."
+            )
+        keyed = jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key)
+        out.append(value if keyed else jnp.asarray(value, like.dtype))
+    return out

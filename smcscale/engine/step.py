@@ -1,0 +1,292 @@
+"""ONE step of the particle filter, for all runs: resample, mutate, weigh, account for evidence.
+
+Weights are carried unnormalised up to one scalar per run: after weighing, `logmeanexp(log_weights)`
+is 0 and what was divided out sits in `log_evidence`. Whatever law resampling uses, the quotient of
+the weights and that law stays in the weights here, in one place, so the evidence stays unbiased
+under annealing, look-ahead, soft and optimal resampling alike (Pitt & Shephard 1999; Doucet &
+Johansen 2011, section 4).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+
+from smcscale import keys, status
+from smcscale.engine import gather
+from smcscale.engine.mutate import Mutated
+from smcscale.status import Status
+
+
+class Population(NamedTuple):
+    """All runs between two steps.
+
+    Attributes:
+        leaves: state leaves `(R, N, ...)`.
+        log_weights: `(R, N)`, after weighing; `logmeanexp` over N is 0, or all are -inf.
+        log_evidence: `(R,)`, nats, and the compensation of its running sum.
+        eve: `(R, N)` int32, the initial ancestor of each particle; None unless it is wanted.
+        num_resamplings: `(R,)` int32.
+        status: first fault of each run.
+        time: `()` int32, the next row.
+    """
+
+    leaves: list
+    log_weights: Float[Array, "R N"]
+    log_evidence: Float[Array, " R"]
+    compensation: Float[Array, " R"]
+    eve: Int32[Array, "R N"] | None
+    num_resamplings: Int32[Array, " R"]
+    status: Status
+    time: Int32[Array, ""]
+
+
+class Info(NamedTuple):
+    """What one step tells, each over runs: see `smcscale.result.Diagnostics`."""
+
+    ess: Float[Array, " R"]
+    resampled: Bool[Array, " R"]
+    unique_ancestors: Int32[Array, " R"]
+    beta: Float[Array, " R"]
+    log_evidence: Float[Array, " R"]
+    ancestors: Int32[Array, "R N"]
+    mean: list
+    variance: list
+    costs: dict
+
+
+class Resampled(NamedTuple):
+    """A population after the resampling part of a step."""
+
+    leaves: list
+    log_weights: Array
+    eve: Array | None
+    ancestors: Array
+    fired: Array
+    unique: Array
+    beta: Array
+
+
+class Scheme(NamedTuple):
+    """How a population is resampled.
+
+    Attributes:
+        resampling: kernel `(key, log_weights, n) -> ancestors`.
+        trigger: `(log_weights, time) -> bool`.
+        lookahead: `(log_weights, states, input, time) -> log_weights`, or None.
+        tilts: `(log_weights, time) -> log_weights`, in order.
+        corrected: whether the quotient of weights and resampling law is kept.
+        num_islands: M; each island of N / M particles is resampled by itself.
+        reads: leaves that the next step reads.
+        heavy: leaves that are moved in place.
+        view: leaves -> what a look-ahead sees of the states.
+    """
+
+    resampling: Any
+    trigger: Any
+    lookahead: Any
+    tilts: tuple
+    corrected: bool
+    num_islands: int
+    reads: tuple[bool, ...]
+    heavy: tuple[bool, ...]
+    view: Any
+
+
+def resample(
+    scheme: Scheme,
+    population: Population,
+    step_keys: PRNGKeyArray,
+    row: Any,
+    *,
+    num_particles: int | None = None,
+) -> Resampled:
+    """Resample the islands whose trigger fires; with `num_particles` all of them, to that number.
+
+    Args:
+        scheme: the kernels.
+        population: after weighing at the row before.
+        step_keys: `(R,)` keys of this step.
+        row: the next row, for a look-ahead.
+        num_particles: n, None to keep N.
+    """
+    lw = population.log_weights
+    num_runs, before = lw.shape
+    after = before if num_particles is None else num_particles
+    islands = scheme.num_islands
+    n, size = after // islands, before // islands
+    grouped = lw.reshape(num_runs * islands, size)
+    time = population.time
+
+    viewed = grouped
+    if scheme.lookahead is not None:
+        states, next_row = scheme.view(
+            [x.reshape(num_runs * islands, size, *x.shape[2:]) for x in population.leaves], row
+        )
+        viewed = jax.vmap(scheme.lookahead, in_axes=(0, 0, None, None))(
+            grouped, states, next_row, time
+        )
+    tilted, beta = viewed, jnp.ones(num_runs * islands, lw.dtype)
+    for tilt in scheme.tilts:
+        if hasattr(tilt, "beta"):
+            beta *= jax.vmap(tilt.beta, in_axes=(0, None))(tilted, time).astype(lw.dtype)
+        tilted = jax.vmap(tilt, in_axes=(0, None))(tilted, time)
+    keeps_quotient = scheme.corrected and (scheme.lookahead is not None or bool(scheme.tilts))
+
+    alive = jnp.any(tilted > -jnp.inf, axis=1)
+    if num_particles is None:
+        fire = jax.vmap(scheme.trigger, in_axes=(0, None))(viewed, time) & alive
+    else:
+        fire = jnp.ones(num_runs * islands, bool)
+    kernel_keys = jax.vmap(keys.resampling)(step_keys)
+    if num_particles is not None:
+        kernel_keys = jax.vmap(lambda k: jax.random.fold_in(k, 1))(kernel_keys)
+    if islands > 1:
+        kernel_keys = jax.vmap(
+            lambda k: jax.vmap(lambda m: jax.random.fold_in(k, m))(jnp.arange(islands))
+        )(kernel_keys).reshape(-1)
+
+    light = tuple(
+        (r or num_particles is not None) and not h
+        for r, h in zip(scheme.reads, scheme.heavy, strict=True)
+    )
+    same = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (num_runs * islands, size))
+
+    def within_run(ancestors: Array) -> Array:
+        offsets = (jnp.arange(num_runs * islands, dtype=jnp.int32) % islands)[:, None] * size
+        return (ancestors + offsets).reshape(num_runs, -1)
+
+    def do() -> tuple:
+        law = jnp.where((fire & alive)[:, None], tilted, 0.0)
+        ancestors = jax.vmap(lambda k, v: scheme.resampling(k, v, n))(kernel_keys, law)
+        if any(scheme.heavy):
+            ancestors = jax.vmap(gather.canonical)(ancestors)
+        if num_particles is None:
+            ancestors = jnp.where(fire[:, None], ancestors, same)
+        total = jax.nn.logsumexp(grouped, axis=1, keepdims=True) - jnp.log(float(size))
+        new = jnp.broadcast_to(total, (num_runs * islands, n))
+        if keeps_quotient:
+            norm = jax.nn.logsumexp(law, axis=1, keepdims=True) - jnp.log(float(size))
+            quotient = jnp.where(tilted > -jnp.inf, grouped - tilted, -jnp.inf)
+            new = jnp.take_along_axis(quotient, ancestors, axis=1) + norm
+            new = jnp.where(alive[:, None], new, -jnp.inf)
+        if num_particles is None:
+            new = jnp.where(fire[:, None], new, grouped)
+        indices = within_run(ancestors)
+        leaves = gather.move(population.leaves, indices, light)
+        eve = None
+        if population.eve is not None:
+            eve = jnp.take_along_axis(population.eve, indices, axis=1)
+        unique = gather.unique_ancestors(indices)
+        chosen = [x for x, w in zip(leaves, light, strict=True) if w]
+        return chosen, new.reshape(num_runs, after), eve, indices, unique
+
+    def skip() -> tuple:
+        chosen = [x for x, w in zip(population.leaves, light, strict=True) if w]
+        unique = jnp.full(num_runs, before, jnp.int32)
+        return chosen, lw, population.eve, within_run(same), unique
+
+    if num_particles is None:
+        chosen, lw, eve, ancestors, unique = jax.lax.cond(jnp.any(fire), do, skip)
+    else:
+        chosen, lw, eve, ancestors, unique = do()
+    moved = iter(chosen)
+    leaves = [next(moved) if w else x for x, w in zip(population.leaves, light, strict=True)]
+    if num_particles is None:
+        leaves = gather.move_in_place(leaves, ancestors, scheme.heavy)
+    else:
+        leaves = [
+            gather.move([x], ancestors, (True,))[0] if h else x
+            for x, h in zip(leaves, scheme.heavy, strict=True)
+        ]
+    fired = jnp.any(fire.reshape(num_runs, islands), axis=1)
+    beta = jnp.where(fire, beta, 1.0).reshape(num_runs, islands).min(axis=1)
+    return Resampled(leaves, lw, eve, ancestors, fired, unique, beta)
+
+
+def weigh(
+    population: Population,
+    resampled: Resampled,
+    mutated: Mutated,
+    record: Any,
+) -> tuple[Population, Info]:
+    """Add the step's log-weights, normalise, account for the evidence, measure.
+
+    Args:
+        population: before the step.
+        resampled: after its resampling.
+        mutated: after its transition, with the log-weights to add.
+        record: leaves -> the real leaves `(R, N, ...)` whose filter moments are kept.
+    """
+    added = mutated.log_weights.astype(resampled.log_weights.dtype)
+    broken = jnp.any(jnp.isnan(added) | (added == jnp.inf), axis=1)
+    lw = resampled.log_weights + added
+    num_particles = lw.shape[1]
+    peak = jnp.max(lw, axis=1, keepdims=True)
+    dead = ~(peak > -jnp.inf)[:, 0] & ~broken
+    scaled = jnp.exp(lw - jnp.where(dead[:, None], 0.0, peak))
+    total = jnp.sum(scaled, axis=1)
+    ess = jnp.where(dead, 0.0, total**2 / jnp.sum(scaled * scaled, axis=1))
+    increment = peak[:, 0] + jnp.log(total / num_particles)
+    lw = jnp.where(dead[:, None], lw, lw - increment[:, None])
+    log_evidence, compensation = _accumulate(
+        population.log_evidence, population.compensation, increment
+    )
+    weights = jnp.where(dead[:, None], 1.0 / num_particles, scaled / total[:, None])
+    mean, variance = _moments(weights, record(mutated.leaves))
+    new = Population(
+        mutated.leaves,
+        lw,
+        log_evidence,
+        compensation,
+        resampled.eve,
+        population.num_resamplings + resampled.fired,
+        status.update(
+            population.status, population.time, broken, _broken_state(mutated.leaves), dead
+        ),
+        population.time + 1,
+    )
+    info = Info(
+        ess,
+        resampled.fired,
+        resampled.unique,
+        resampled.beta,
+        log_evidence,
+        resampled.ancestors,
+        mean,
+        variance,
+        mutated.costs,
+    )
+    return new, info
+
+
+def _accumulate(total: Array, compensation: Array, increment: Array) -> tuple[Array, Array]:
+    """Compensated running sum: float32 evidence stays exact over many thousand steps."""
+    shifted = increment - compensation
+    new = total + shifted
+    lost = (new - total) - shifted
+    return new, jnp.where(jnp.isfinite(new), lost, 0.0)
+
+
+def _moments(weights: Array, leaves: list) -> tuple[list, list]:
+    """Weighted mean and variance of leaves `(R, N, ...)`, shifted by a particle: one pass."""
+    means, variances = [], []
+    for leaf in leaves:
+        values = leaf.astype(weights.dtype)
+        shift = values[:, :1]
+        centered = values - shift
+        first = jnp.einsum("rn,rn...->r...", weights, centered)
+        second = jnp.einsum("rn,rn...->r...", weights, centered * centered)
+        means.append(first + shift[:, 0])
+        variances.append(jnp.maximum(second - first**2, 0.0))
+    return means, variances
+
+
+def _broken_state(leaves: list) -> Array:
+    """Whether any inexact leaf of a run holds a NaN."""
+    broken = jnp.zeros(leaves[0].shape[0], bool) if leaves else jnp.zeros(1, bool)
+    for leaf in leaves:
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            broken |= jnp.any(jnp.isnan(leaf), axis=tuple(range(1, leaf.ndim)))
+    return broken

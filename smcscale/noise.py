@@ -1,0 +1,266 @@
+"""One particle's step split in two: the random numbers it needs, and the rest.
+
+A step is written for one particle with one key. Vmapping it with a key per particle costs 2-3
+times the whole filter, and drawing inside the time loop costs as much again. So the step is traced
+once and its equations are parted by what they depend on:
+
+* the equations that depend on the key alone (`Split.noise`) are run for all particles at once, each
+  `random_bits` drawing one `(N, ...)` array from the one key, and for many steps outside the loop;
+* the rest (`Split.rest`) receives those arrays and is vmapped as usual.
+
+Samplers that consume the key in a way that cannot be widened (rejection loops: Gamma, Poisson) get
+a key per particle; `jax.custom_batching.custom_vmap` samplers get the one key as it is, so that a
+network can decode all particles natively. This is the only module that reads jaxprs.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+_CALLS = {"pjit", "jit", "closed_call", "core_call"}
+_CALLBACKS = {"pure_callback", "io_callback", "debug_callback", "infeed", "outfeed"}
+
+
+class Split(NamedTuple):
+    """A step function in two halves.
+
+    Attributes:
+        noise: `(key, num_particles) -> tuple of arrays`, the frontier; see `batched`.
+        rest: `(frontier, *arguments) -> flat outputs`, for ONE particle.
+        batched: per frontier entry, whether it has a leading particle axis.
+        elements: frontier elements per particle, those of keys not counted.
+        reads: per leaf of `arguments`, whether an output depends on it or is it.
+        uses: per leaf of `arguments`, whether something is computed from it.
+        aliases: per output, the index of the first output that is the same value.
+        constant_bytes: bytes of concrete arrays that the step closed over.
+    """
+
+    noise: Callable[..., tuple]
+    rest: Callable[..., list]
+    batched: tuple[bool, ...]
+    elements: int
+    reads: tuple[bool, ...]
+    uses: tuple[bool, ...]
+    aliases: tuple[int, ...]
+    constant_bytes: int
+
+
+def split_noise(step: Callable[..., list], key_dtype: Any, arguments: list) -> Split:
+    """Part `step(key, *arguments) -> list of arrays`, written for one particle, by the key.
+
+    Args:
+        step: flat function of one particle.
+        key_dtype: dtype of the typed key it receives.
+        arguments: abstract values (anything with `shape` and `dtype`) of one particle.
+    Raises:
+        NotImplementedError: when the step contains a host callback, by its name.
+    """
+    abstract = [jax.ShapeDtypeStruct((), key_dtype)]
+    abstract += [jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in arguments]
+    traced = jax.make_jaxpr(step)(*abstract)
+    constants = [c for c in traced.consts if not isinstance(c, jax.core.Tracer)]
+    flat = jax.make_jaxpr(lambda *args: _inlined(traced.jaxpr, traced.consts, args))(*abstract)
+    jaxpr = flat.jaxpr
+    consts = dict(zip(jaxpr.constvars, flat.consts, strict=True))
+    key_var, argument_vars = jaxpr.invars[0], jaxpr.invars[1:]
+
+    noise_vars = {key_var}
+    other_vars = set(argument_vars)
+    noise_eqns, rest_eqns = [], []
+    for eqn in jaxpr.eqns:
+        _refuse_callback(eqn)
+        inputs = [v for v in eqn.invars if isinstance(v, core.Var)]
+        # a custom_vmap sampler batches itself: it must meet the engine's vmap, not be widened
+        native = eqn.primitive.name == "custom_vmap_call"
+        from_key = any(v in noise_vars for v in inputs)
+        from_arguments = any(v in other_vars for v in inputs)
+        if from_key and not from_arguments and not native:
+            noise_vars.update(eqn.outvars)
+            noise_eqns.append(eqn)
+        else:
+            # what depends on neither is a constant: it joins the rest, and the noise where read
+            if from_key or from_arguments:
+                other_vars.update(eqn.outvars)
+            rest_eqns.append(eqn)
+
+    needed = _needed([v for v in jaxpr.outvars if isinstance(v, core.Var)], rest_eqns)
+    reads = tuple(v in needed for v in argument_vars)
+    rest_eqns = [e for e in rest_eqns if any(v in needed for v in e.outvars)]
+    consumed = {v for e in rest_eqns for v in e.invars if isinstance(v, core.Var)}
+    uses = tuple(v in consumed for v in argument_vars)
+    frontier = [v for v in needed if v in noise_vars]
+    noise_needed = _needed(frontier, noise_eqns)
+    constant_eqns = [
+        e for e in jaxpr.eqns if not any(v in noise_vars or v in other_vars for v in e.outvars)
+    ]
+    constant_needed = _needed(list(noise_needed), constant_eqns)
+    candidates = {id(e): noise_needed for e in noise_eqns}
+    candidates |= {id(e): constant_needed for e in constant_eqns}
+    noise_eqns = [
+        e for e in jaxpr.eqns if any(v in candidates.get(id(e), ()) for v in e.outvars)
+    ]
+    native_only = _native_keys(frontier, rest_eqns, jaxpr.outvars)
+    batched_vars = _batched(noise_eqns, key_var)
+    batched = tuple(
+        v in batched_vars or (_is_key(v.aval) and v not in native_only) for v in frontier
+    )
+
+    def noise(key: jax.Array, num_particles: int) -> tuple:
+        env = dict(consts)
+        env[key_var] = key
+        wide: set = set()
+        for eqn in noise_eqns:
+            _evaluate_wide(eqn, env, wide, num_particles)
+        out = []
+        for var, is_batched in zip(frontier, batched, strict=True):
+            value = env[var]
+            if is_batched and var not in wide:
+                value = _split_keys(value, num_particles)
+            out.append(value)
+        return tuple(out)
+
+    def rest(values: tuple, *args: jax.Array) -> list:
+        env = dict(consts)
+        env.update(zip(frontier, values, strict=True))
+        env.update(zip(argument_vars, args, strict=True))
+        for eqn in rest_eqns:
+            _write(eqn, env, _bind(eqn, [_read(env, v) for v in eqn.invars]))
+        return [_read(env, v) for v in jaxpr.outvars]
+
+    first: dict = {}
+    aliases = tuple(
+        first.setdefault(v, i) if isinstance(v, core.Var) else i
+        for i, v in enumerate(jaxpr.outvars)
+    )
+    elements = sum(v.aval.size for v in frontier if not _is_key(v.aval))
+    size = sum(getattr(c, "nbytes", 0) for c in constants)
+    return Split(noise, rest, batched, elements, reads, uses, aliases, size)
+
+
+def depends(function: Callable, argument: Any) -> bool:
+    """Whether any output of `function(argument)` depends on `argument` (a pytree of abstract values)."""
+    traced = jax.make_jaxpr(function)(argument)
+    flat = jax.make_jaxpr(lambda *args: _inlined(traced.jaxpr, traced.consts, args))(
+        *jax.tree.leaves(argument)
+    )
+    from_argument = set(flat.jaxpr.invars)
+    for eqn in flat.jaxpr.eqns:
+        if any(v in from_argument for v in eqn.invars if isinstance(v, core.Var)):
+            from_argument.update(eqn.outvars)
+    return any(v in from_argument for v in flat.jaxpr.outvars if isinstance(v, core.Var))
+
+
+def _needed(roots: list, eqns: list) -> dict:
+    """Variables that the roots depend on through `eqns`, roots first; a dict keeps the order."""
+    needed = dict.fromkeys(roots)
+    for eqn in reversed(eqns):
+        if any(v in needed for v in eqn.outvars):
+            needed.update(dict.fromkeys(v for v in eqn.invars if isinstance(v, core.Var)))
+    return needed
+
+
+def _is_key(aval: Any) -> bool:
+    return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
+
+
+def _native_keys(frontier: list, eqns: list, outvars: list) -> set:
+    """Keys that only `custom_vmap` samplers consume, so that they stay one for all particles."""
+    keys = {v for v in frontier if _is_key(v.aval)}
+    for eqn in eqns:
+        if eqn.primitive.name != "custom_vmap_call":
+            keys -= {v for v in eqn.invars if isinstance(v, core.Var)}
+    return keys - {v for v in outvars if isinstance(v, core.Var)}
+
+
+def _kind(eqn: Any, any_wide: bool) -> str:
+    """How an equation of the noise half is run for all particles."""
+    if any_wide:
+        return "vmap"
+    if eqn.primitive.name == "random_bits":
+        return "widen"
+    if all(_is_key(v.aval) for v in eqn.outvars):
+        return "once"
+    if any(_is_key(v.aval) for v in eqn.invars):
+        return "keys"
+    return "once"
+
+
+def _batched(eqns: list, key_var: Any) -> set:
+    wide: set = set()
+    for eqn in eqns:
+        if _kind(eqn, any(isinstance(v, core.Var) and v in wide for v in eqn.invars)) != "once":
+            wide.update(eqn.outvars)
+    return wide
+
+
+def _evaluate_wide(eqn: Any, env: dict, wide: set, num_particles: int) -> None:
+    values = [_read(env, v) for v in eqn.invars]
+    is_wide = [isinstance(v, core.Var) and v in wide for v in eqn.invars]
+    kind = _kind(eqn, any(is_wide))
+    if kind == "once":
+        _write(eqn, env, _bind(eqn, values))
+        return
+    if kind == "widen":
+        params = dict(eqn.params, shape=(num_particles, *eqn.params["shape"]))
+        _write(eqn, env, [eqn.primitive.bind(*values, **params)])
+    else:
+        if kind == "keys":
+            is_wide = [_is_key(v.aval) for v in eqn.invars]
+            values = [
+                _split_keys(value, num_particles) if split else value
+                for value, split in zip(values, is_wide, strict=True)
+            ]
+        axes = [0 if w else None for w in is_wide]
+        _write(eqn, env, jax.vmap(lambda *v: _bind(eqn, list(v)), in_axes=axes)(*values))
+    wide.update(eqn.outvars)
+
+
+def _split_keys(keys: jax.Array, num_particles: int) -> jax.Array:
+    """A key for each particle: `(...)` keys to `(N, ...)`."""
+    flat = jax.vmap(lambda k: jax.random.split(k, num_particles))(keys.reshape(-1))
+    return jnp.moveaxis(flat, 0, 1).reshape(num_particles, *keys.shape)
+
+
+def _read(env: dict, var: Any) -> Any:
+    return var.val if isinstance(var, core.Literal) else env[var]
+
+
+def _write(eqn: Any, env: dict, values: list) -> None:
+    env.update(zip(eqn.outvars, values, strict=True))
+
+
+def _bind(eqn: Any, values: list) -> list:
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _inlined(jaxpr: Any, consts: Any, args: Any) -> list:
+    """Evaluate with nested `jit` calls opened, so that noise inside them can be parted."""
+    env = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    for eqn in jaxpr.eqns:
+        values = [_read(env, v) for v in eqn.invars]
+        if eqn.primitive.name in _CALLS:
+            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            _write(eqn, env, _inlined(inner.jaxpr, inner.consts, values))
+        else:
+            _write(eqn, env, _bind(eqn, values))
+    return [_read(env, v) for v in jaxpr.outvars]
+
+
+def _refuse_callback(eqn: Any) -> None:
+    if eqn.primitive.name in _CALLBACKS:
+        raise NotImplementedError(
+            f"smcscale: the program contains a host callback ({eqn.primitive.name}), which a "
+            "compiled particle filter cannot run.\n"
+            "  try: remove it (jax.debug.print, io_callback), or declare the model "
+            "Capabilities(host=True)."
+        )
+    for inner in jax.tree.leaves(
+        list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+    ):
+        for nested in getattr(getattr(inner, "jaxpr", inner), "eqns", ()):
+            _refuse_callback(nested)
