@@ -1,0 +1,117 @@
+"""Text to tokens and back, by the `tokenizers` library.
+
+`Tokenizer.from_file(path)` reads any `tokenizer.json`; `word_level(words)` makes the small
+vocabulary of the shipped model (whole words, single digits, the newline a token of its own).
+`Tokenizer.ends_step()` is the vocabulary mask that ends a step of reasoning: every token that
+contains the delimiter, and the end token.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+
+class Tokenizer:
+    """A tokenizer with the few things that decoding needs.
+
+    Equal by content, so that two loads of one file share compiled programs.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, end_tokens: Sequence[int]):
+        self._backend = backend
+        self.end_tokens = tuple(end_tokens)
+        self._content = backend.to_str()
+
+    @classmethod
+    def from_file(cls, path: str | Path, end_tokens: Sequence[int]) -> "Tokenizer":
+        """Read `tokenizer.json`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is not a tokenizer.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"smcscale: {path} does not exist; a model folder needs it.")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"smcscale: {path} is not a tokenizer.json ({error}).") from error
+        return cls(backend, end_tokens)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Tokenizer) and (self._content, self.end_tokens) == (
+            other._content,
+            other.end_tokens,
+        )
+
+    def __hash__(self) -> int:
+        return hash((self._content, self.end_tokens))
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self._backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of many texts."""
+        return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of token ids; special tokens are left out."""
+        return self._backend.decode([int(token) for token in tokens])
+
+    def unknown(self, text: str) -> list[str]:
+        """Words of a text that a word-level vocabulary does not know."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        unknown = self._backend.token_to_id("[UNK]")
+        return [
+            text[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets) if i == unknown
+        ]
+
+    def ends_step(self, delimiter: str = "\n", size: int | None = None) -> np.ndarray:
+        """`(size,)` bool: tokens that end a step, those containing `delimiter` and the end tokens.
+
+        `size` is the width of the model's vocabulary where it exceeds the tokenizer's.
+        """
+        mask = np.zeros(size or self.vocabulary_size, bool)
+        for index in range(self.vocabulary_size):
+            token = self._backend.id_to_token(index)
+            mask[index] = token is not None and (
+                delimiter in token or delimiter in self._backend.decode([index])
+            )
+        mask[list(self.end_tokens)] = True
+        return mask
+
+    def save(self, path: str | Path) -> None:
+        """Write `tokenizer.json`."""
+        self._backend.save(str(path))
+
+
+def word_level(words: Iterable[str]) -> Tokenizer:
+    """The shipped kind of tokenizer: `[PAD]`, `[UNK]`, `<end>`, newline, digits, then `words`."""
+    special = ["[PAD]", "[UNK]", "<end>"]
+    vocabulary = [*special, "\n", *"0123456789", *words]
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"\n|\d|[^\W\d_]+|[^\w\s]"), behavior="removed", invert=True
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.WordPiece(prefix="##", cleanup=True),
+            decoders.Fuse(),
+            decoders.Replace(Regex(r"(?<=\d) (?=\d)"), ""),
+            decoders.Replace(Regex(r" *\n *"), "\n"),
+            decoders.Replace(Regex(r" (?=[:;?])"), ""),
+        ]
+    )
+    backend.add_special_tokens(special)
+    return Tokenizer(backend, end_tokens=(2,))
