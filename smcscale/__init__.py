@@ -1,1 +1,12 @@
-"""Sequential Monte Carlo for programs that move a state through time and score it."""
+"""smcscale: Sequential Monte Carlo for NumPyro programs, language models and diffusion, in JAX.
+
+A program that moves a state through time and scores it is a Feynman-Kac model, and one particle
+engine runs them all. Start with `SMC(ParticleFilter(program), num_particles=...)`.
+"""
+
+from smcscale.engine.filter import ParticleFilter
+from smcscale.feynman_kac import Capabilities, FeynmanKac, Weighted
+from smcscale.ledger import spend
+from smcscale.run import SMC
+
+__all__ = ["SMC", "Capabilities", "FeynmanKac", "ParticleFilter", "Weighted", "spend"]

@@ -38,9 +38,7 @@ def canonical(ancestors: Int32[Array, " N"]) -> Int32[Array, " N"]:
     return jnp.where(dead, jnp.minimum(source, n - 1), slots)
 
 
-def move_in_place(
-    leaves: list, ancestors: Int32[Array, "R N"], heavy: tuple[bool, ...]
-) -> list:
+def move_in_place(leaves: list, ancestors: Int32[Array, "R N"], heavy: tuple[bool, ...]) -> list:
     """Overwrite the dead slots of heavy leaves `(R, N, ...)`; `ancestors` are canonical."""
     if not any(heavy):
         return leaves
@@ -62,9 +60,7 @@ def move_in_place(
         ]
 
     rows = jax.lax.fori_loop(0, jnp.sum(moved), overwrite, rows)
-    placed = iter(
-        row.reshape(leaf.shape) for row, leaf in zip(rows, chosen, strict=True)
-    )
+    placed = iter(row.reshape(leaf.shape) for row, leaf in zip(rows, chosen, strict=True))
     return [
         next(placed) if is_heavy else leaf for leaf, is_heavy in zip(leaves, heavy, strict=True)
     ]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from smcscale.feynman_kac import FeynmanKac, weighted
-from smcscale.noise import Split, split_noise
+from smcscale.noise import split_noise
 
 #: elements of noise drawn at once: measured best near 2**16 on CPU (benchmarks/filter.py)
 _CHUNK_ELEMENTS = 65536
@@ -41,6 +41,7 @@ class Mutation(NamedTuple):
         noise: `(keys (R,)) -> frontier`, arrays `(R, N, ...)` (or `(R, ...)` for native samplers).
         apply: `(frontier, leaves, row) -> Mutated`.
         chunk: steps whose noise is drawn at once; a function of N and the program only.
+        elements: random numbers of one particle and step.
         reads: per state leaf, whether the step reads the previous one.
         uses: per state leaf, whether something is computed from the previous one.
         aliases: per state leaf, the first leaf that is the same array after a step.
@@ -49,6 +50,7 @@ class Mutation(NamedTuple):
     noise: Callable[[Any], tuple]
     apply: Callable[[tuple, list, Any], Mutated]
     chunk: int
+    elements: int
     reads: tuple[bool, ...]
     uses: tuple[bool, ...]
     aliases: tuple[int, ...]
@@ -157,6 +159,7 @@ def mutation(
         noise,
         apply,
         chunk,
+        split.elements,
         split.reads[: len(leaves)],
         split.uses[: len(leaves)],
         split.aliases[: len(leaves)],
@@ -188,7 +191,7 @@ def _batched_mutation(
 
     everything = (True,) * len(leaves)
     return Mutation(
-        lambda keys: (keys,), apply, 1, everything, everything, tuple(range(len(leaves)))
+        lambda keys: (keys,), apply, 1, 0, everything, everything, tuple(range(len(leaves)))
     )
 
 

@@ -43,6 +43,13 @@ class Paths(eqx.Module):
         return _trace(self.states, self.ancestors, jnp.asarray(indices))
 
 
+class Live(NamedTuple):
+    """An ancestry in the making: see `Ancestry`."""
+
+    segments: list
+    links: list
+
+
 class Ancestry(eqx.Module):
     """The paths of the final particles, compacted.
 
@@ -90,8 +97,7 @@ def _trace(states: Any, ancestors: jax.Array, indices: jax.Array) -> Any:
 def paths(blocks: list[Kept], structure: Any) -> Paths:
     """Join the blocks of a run."""
     leaves = [
-        jnp.concatenate([block.leaves[i] for block in blocks])
-        for i in range(len(blocks[0].leaves))
+        jnp.concatenate([block.leaves[i] for block in blocks]) for i in range(len(blocks[0].leaves))
     ]
     return Paths(
         jax.tree.unflatten(structure, leaves),
@@ -100,7 +106,7 @@ def paths(blocks: list[Kept], structure: Any) -> Paths:
     )
 
 
-def extend(ancestry: Ancestry | None, block: Kept, structure: Any) -> Ancestry:
+def extend(ancestry: Live | None, block: Kept) -> Live:
     """Add a block to an ancestry and drop every path without a living descendant."""
     parents = np.asarray(block.ancestors)
     steps, num_runs, num_particles = parents.shape
@@ -132,7 +138,7 @@ def extend(ancestry: Ancestry | None, block: Kept, structure: Any) -> Ancestry:
         segments[i] = [_columns(leaf, alive) for leaf in segments[i]]
         if i > 0:
             links[i - 1] = np.take_along_axis(np.asarray(links[i - 1]), alive, axis=1)
-    return Ancestry(segments, links, structure)
+    return Live(segments, links)
 
 
 def _distinct(link: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

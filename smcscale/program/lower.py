@@ -304,7 +304,9 @@ def _tail(
         start = head(key, {})
         before = {n: start.sites[n].value for n in latents}
         output = body(key, ProgramState(before, start.loop.init, None, {}), first, {}).output
-        return jax.tree.map(lambda v: jnp.zeros((num_steps, *jnp.shape(v)), jnp.result_type(v)), output)
+        return jax.tree.map(
+            lambda v: jnp.zeros((num_steps, *jnp.shape(v)), jnp.result_type(v)), output
+        )
 
     outputs_type = jax.eval_shape(stacked, jax.random.key(0))
 

@@ -191,9 +191,7 @@ class Visit(Messenger):
                 total = jnp.sum(fn.log_prob(value))
                 return total if scale is None else total * scale
 
-            self._record(
-                msg["name"], Site("latent" if latent else "observed", value, log_prob, fn)
-            )
+            self._record(msg["name"], Site("latent" if latent else "observed", value, log_prob, fn))
 
     def _record(self, name: str, site: Site) -> None:
         if name in self.sites:
@@ -241,7 +239,9 @@ class Visit(Messenger):
     def _draw(self, msg: Any, key: Any) -> Any:
         name, fn = msg["name"], msg["fn"]
         if key is None:
-            raise ValueError(f'smcscale: site "{name}" has no value and there is no key to draw it.')
+            raise ValueError(
+                f'smcscale: site "{name}" has no value and there is no key to draw it.'
+            )
         try:
             return fn(rng_key=key, sample_shape=msg["kwargs"].get("sample_shape", ()))
         except NotImplementedError as error:
