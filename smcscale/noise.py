@@ -99,9 +99,7 @@ def split_noise(step: Callable[..., list], key_dtype: Any, arguments: list) -> S
     constant_needed = _needed(list(noise_needed), constant_eqns)
     candidates = {id(e): noise_needed for e in noise_eqns}
     candidates |= {id(e): constant_needed for e in constant_eqns}
-    noise_eqns = [
-        e for e in jaxpr.eqns if any(v in candidates.get(id(e), ()) for v in e.outvars)
-    ]
+    noise_eqns = [e for e in jaxpr.eqns if any(v in candidates.get(id(e), ()) for v in e.outvars)]
     native_only = _native_keys(frontier, rest_eqns, jaxpr.outvars)
     batched_vars = _batched(noise_eqns, key_var)
     batched = tuple(

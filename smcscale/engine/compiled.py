@@ -110,6 +110,7 @@ def initial_population(
     empty = Population(
         carried,
         jnp.zeros_like(log_weights),
+        jnp.zeros(num_runs * sizes.num_islands, bool),
         zeros,
         zeros,
         slots if eve else None,
@@ -127,7 +128,7 @@ def initial_population(
         zeros + 1.0,
     )
     population, info = weigh(
-        empty, unmoved, mutate.Mutated(carried, log_weights, {}), recorder(bound, plan)
+        plan.scheme, empty, unmoved, mutate.Mutated(carried, log_weights, {}), recorder(bound, plan)
     )
     return population, info, plan
 
@@ -189,7 +190,7 @@ def one_step(
     resampled = resample(plan.scheme, population, step_keys, row)
     mutated = plan.mutation.apply(frontier, plan.full(resampled.leaves), row)
     mutated = mutated._replace(leaves=[mutated.leaves[i] for i in plan.packed])
-    return weigh(population, resampled, mutated, recorder(bound, plan))
+    return weigh(plan.scheme, population, resampled, mutated, recorder(bound, plan))
 
 
 @eqx.filter_jit
@@ -211,6 +212,7 @@ def resize(
     return population._replace(
         leaves=moved.leaves,
         log_weights=moved.log_weights,
+        fire=jnp.zeros_like(population.fire),
         eve=moved.eve,
         num_resamplings=population.num_resamplings + 1,
     )

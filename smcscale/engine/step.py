@@ -17,6 +17,7 @@ from smcscale import keys, status
 from smcscale.engine import gather
 from smcscale.engine.mutate import Mutated
 from smcscale.status import Status
+from smcscale.weights import ess, scale
 
 
 class Population(NamedTuple):
@@ -25,7 +26,10 @@ class Population(NamedTuple):
     Attributes:
         leaves: state leaves `(R, N, ...)`.
         log_weights: `(R, N)`, after weighing; `logmeanexp` over N is 0, or all are -inf.
-        log_evidence: `(R,)`, nats, and the compensation of its running sum.
+        fire: `(R * M,)` bool, which islands resample before the next row; decided when the weights
+            are made, so that the trigger shares their exponentials (ignored with a look-ahead).
+        log_evidence: `(R,)`, nats.
+        compensation: `(R,)`, of the running sum that the evidence is.
         eve: `(R, N)` int32, the initial ancestor of each particle; None unless it is wanted.
         num_resamplings: `(R,)` int32.
         status: first fault of each run.
@@ -34,6 +38,7 @@ class Population(NamedTuple):
 
     leaves: list
     log_weights: Float[Array, "R N"]
+    fire: Bool[Array, " RM"]
     log_evidence: Float[Array, " R"]
     compensation: Float[Array, " R"]
     eve: Int32[Array, "R N"] | None
@@ -135,10 +140,12 @@ def resample(
     keeps_quotient = scheme.corrected and (scheme.lookahead is not None or bool(scheme.tilts))
 
     alive = jnp.any(tilted > -jnp.inf, axis=1)
-    if num_particles is None:
-        fire = jax.vmap(scheme.trigger, in_axes=(0, None))(viewed, time) & alive
-    else:
+    if num_particles is not None:
         fire = jnp.ones(num_runs * islands, bool)
+    elif scheme.lookahead is None:
+        fire = population.fire & alive
+    else:
+        fire = jax.vmap(scheme.trigger, in_axes=(0, None))(viewed, time) & alive
     kernel_keys = jax.vmap(keys.resampling)(step_keys)
     if num_particles is not None:
         kernel_keys = jax.vmap(lambda k: jax.random.fold_in(k, 1))(kernel_keys)
@@ -164,8 +171,11 @@ def resample(
             ancestors = jax.vmap(gather.canonical)(ancestors)
         if num_particles is None:
             ancestors = jnp.where(fire[:, None], ancestors, same)
-        total = jax.nn.logsumexp(grouped, axis=1, keepdims=True) - jnp.log(float(size))
-        new = jnp.broadcast_to(total, (num_runs * islands, n))
+        # a run's mean weight is 1 already; an island's is not
+        total = jnp.where(jnp.any(grouped > -jnp.inf, axis=1, keepdims=True), 0.0, -jnp.inf)
+        if islands > 1:
+            total = jax.nn.logsumexp(grouped, axis=1, keepdims=True) - jnp.log(float(size))
+        new = jnp.broadcast_to(total.astype(lw.dtype), (num_runs * islands, n))
         if keeps_quotient:
             norm = jax.nn.logsumexp(law, axis=1, keepdims=True) - jnp.log(float(size))
             quotient = jnp.where(tilted > -jnp.inf, grouped - tilted, -jnp.inf)
@@ -206,6 +216,7 @@ def resample(
 
 
 def weigh(
+    scheme: Scheme,
     population: Population,
     resampled: Resampled,
     mutated: Mutated,
@@ -214,41 +225,42 @@ def weigh(
     """Add the step's log-weights, normalise, account for the evidence, measure.
 
     Args:
+        scheme: the kernels, whose trigger decides about the next row here.
         population: before the step.
         resampled: after its resampling.
         mutated: after its transition, with the log-weights to add.
         record: leaves -> the real leaves `(R, N, ...)` whose filter moments are kept.
     """
-    added = mutated.log_weights.astype(resampled.log_weights.dtype)
-    broken = jnp.any(jnp.isnan(added) | (added == jnp.inf), axis=1)
-    lw = resampled.log_weights + added
+    lw = resampled.log_weights + mutated.log_weights.astype(resampled.log_weights.dtype)
     num_particles = lw.shape[1]
-    peak = jnp.max(lw, axis=1, keepdims=True)
-    dead = ~(peak > -jnp.inf)[:, 0] & ~broken
-    scaled = jnp.exp(lw - jnp.where(dead[:, None], 0.0, peak))
+    scaled, largest = jax.vmap(scale)(lw)
     total = jnp.sum(scaled, axis=1)
-    ess = jnp.where(dead, 0.0, total**2 / jnp.sum(scaled * scaled, axis=1))
-    increment = peak[:, 0] + jnp.log(total / num_particles)
+    # a NaN or +inf among the potentials shows in the maximum
+    broken = jnp.isnan(largest) | (largest == jnp.inf)
+    dead = total == 0
+    fire = _decide(scheme, lw, population.time + 1)
+    effective = jax.vmap(ess)(lw)
+    increment = jnp.where(dead, -jnp.inf, largest + jnp.log(total / num_particles))
     lw = jnp.where(dead[:, None], lw, lw - increment[:, None])
     log_evidence, compensation = _accumulate(
         population.log_evidence, population.compensation, increment
     )
-    weights = jnp.where(dead[:, None], 1.0 / num_particles, scaled / total[:, None])
-    mean, variance = _moments(weights, record(mutated.leaves))
+    measured = record(mutated.leaves)
+    mean, variance = _moments(scaled, total, measured)
+    nan_state = _nan_states(mutated.leaves, measured, mean)
     new = Population(
         mutated.leaves,
         lw,
+        fire,
         log_evidence,
         compensation,
         resampled.eve,
         population.num_resamplings + resampled.fired,
-        status.update(
-            population.status, population.time, broken, _broken_state(mutated.leaves), dead
-        ),
+        status.update(population.status, population.time, broken, nan_state, dead),
         population.time + 1,
     )
     info = Info(
-        ess,
+        effective,
         resampled.fired,
         resampled.unique,
         resampled.beta,
@@ -261,6 +273,15 @@ def weigh(
     return new, info
 
 
+def _decide(scheme: Scheme, log_weights: Array, time: Array) -> Array:
+    """Which islands resample before row `time`."""
+    islands = log_weights.shape[0] * scheme.num_islands
+    grouped = log_weights.reshape(islands, -1)
+    if scheme.lookahead is not None:
+        return jnp.zeros(islands, bool)
+    return jax.vmap(scheme.trigger, in_axes=(0, None))(grouped, time)
+
+
 def _accumulate(total: Array, compensation: Array, increment: Array) -> tuple[Array, Array]:
     """Compensated running sum: float32 evidence stays exact over many thousand steps."""
     shifted = increment - compensation
@@ -269,24 +290,43 @@ def _accumulate(total: Array, compensation: Array, increment: Array) -> tuple[Ar
     return new, jnp.where(jnp.isfinite(new), lost, 0.0)
 
 
-def _moments(weights: Array, leaves: list) -> tuple[list, list]:
-    """Weighted mean and variance of leaves `(R, N, ...)`, shifted by a particle: one pass."""
+def _moments(scaled: Array, total: Array, leaves: list) -> tuple[list, list]:
+    """Weighted mean and variance of leaves `(R, N, ...)`, in one pass: shifted by a particle.
+
+    `scaled` are weights `(R, N)` up to their sum `total`; NaN for a dead run.
+    """
     means, variances = [], []
     for leaf in leaves:
-        values = leaf.astype(weights.dtype)
+        values = leaf.astype(scaled.dtype)
         shift = values[:, :1]
         centered = values - shift
-        first = jnp.einsum("rn,rn...->r...", weights, centered)
-        second = jnp.einsum("rn,rn...->r...", weights, centered * centered)
+        norm = total.reshape(-1, *(1,) * (values.ndim - 2))
+        first = jnp.einsum("rn,rn...->r...", scaled, centered) / norm
+        second = jnp.einsum("rn,rn...->r...", scaled, centered * centered) / norm
         means.append(first + shift[:, 0])
         variances.append(jnp.maximum(second - first**2, 0.0))
     return means, variances
 
 
-def _broken_state(leaves: list) -> Array:
-    """Whether any inexact leaf of a run holds a NaN."""
-    broken = jnp.zeros(leaves[0].shape[0], bool) if leaves else jnp.zeros(1, bool)
-    for leaf in leaves:
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            broken |= jnp.any(jnp.isnan(leaf), axis=tuple(range(1, leaf.ndim)))
-    return broken
+def _nan_states(leaves: list, measured: list, means: list) -> Array:
+    """Whether any inexact leaf of a run holds a NaN `(R,)`.
+
+    A NaN among measured leaves shows in their mean, so they are searched only when it does.
+    """
+    inexact = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    seen = {id(x) for x in measured}
+
+    def search(group: list) -> Array:
+        found = jnp.zeros(leaves[0].shape[0], bool)
+        for leaf in group:
+            found |= jnp.any(jnp.isnan(leaf), axis=tuple(range(1, leaf.ndim)))
+        return found
+
+    if not leaves:
+        return jnp.zeros(1, bool)
+    covered = [x for x in inexact if id(x) in seen]
+    found = search([x for x in inexact if id(x) not in seen])
+    suspicious = jnp.zeros((), bool)
+    for mean in means:
+        suspicious |= jnp.any(jnp.isnan(mean))
+    return found | jax.lax.cond(suspicious, lambda: search(covered), lambda: jnp.zeros_like(found))
