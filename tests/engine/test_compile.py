@@ -1,0 +1,91 @@
+"""What compiles and when: counted through JAX's own monitoring."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.exact import WALK
+
+from smcscale import SMC, ParticleFilter, keys
+from smcscale.engine import compiled
+from smcscale.engine.compiled import Sizes
+from smcscale.kernels import annealing, resampling, triggers
+
+_COMPILED = []
+
+
+def _listen(event, duration, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+        _COMPILED.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def compilations(action):
+    before = len(_COMPILED)
+    action()
+    return len(_COMPILED) - before
+
+
+def run(data, seed=0, program=WALK.program, **options):
+    options = {"annealing": annealing.ESSFloor(0.5), "trigger": triggers.ess_below(0.4)} | options
+    smc = SMC(
+        ParticleFilter(program, store="last", **options), num_particles=100, progress_bar=False
+    )
+    smc.run(jax.random.key(seed), data)
+    return np.asarray(smc.log_evidence)
+
+
+@pytest.mark.compile
+def test_rebuilt_and_rerun_compiles_nothing():
+    data = jnp.asarray(np.random.default_rng(0).normal(size=300), jnp.float32)
+    run(data)
+    assert compilations(lambda: run(data + 1.0)) == 0, "new data of the same shape"
+    assert compilations(lambda: run(data, seed=5)) == 0, "another seed"
+    assert compilations(lambda: run(np.asarray(data) * 2)) == 0, "NumPy data"
+    assert compilations(lambda: run(data, annealing=annealing.ESSFloor(0.7))) > 0
+    assert compilations(lambda: run(data, resampling=resampling.stratified)) > 0
+    assert compilations(lambda: run(data[:200])) > 0, "another T compiles once"
+    assert compilations(lambda: run(data[:200] + 1.0)) == 0
+
+
+@pytest.mark.compile
+def test_a_block_is_one_compilation_whatever_the_length():
+    data = jnp.asarray(np.random.default_rng(0).normal(size=1100), jnp.float32)
+    run(data[:10])
+
+    def blocks():
+        return compiled.block._cached._cache_size() if hasattr(compiled.block, "_cached") else None
+
+    first = blocks()
+    count = compilations(lambda: run(data))
+    assert count <= 12, "start, block, finish, and a few one-line array operations"
+    if first is not None:
+        assert blocks() - first == 1
+
+
+@pytest.mark.parametrize("store", ["last", "paths"])
+def test_the_block_exports_for_cpu_cuda_and_tpu(store):
+    sizes = Sizes(64, 2, 1, None)
+    particle_filter = ParticleFilter(
+        WALK.program, guide=WALK.guide, annealing=annealing.ESSFloor(0.5), store=store
+    )
+    run_keys = keys.run_keys(jax.random.key(0), 2)
+    population, _, meta = compiled.start(
+        particle_filter, run_keys, sizes, (WALK.data,), {}, False
+    )
+
+    def block(run_data, population, data):
+        ks = jax.random.wrap_key_data(run_data)
+        fixed = (particle_filter, ks, sizes, (data,), {}, (1, store == "paths"), jnp.int32(5))
+        new, info, _, _ = compiled.block(fixed, population)
+        return new.log_evidence, info.ess
+
+    exported = jax.export.export(jax.jit(block), platforms=["cpu", "cuda", "tpu"])(
+        jax.random.key_data(run_keys), population, WALK.data
+    )
+    assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
+    evidence, _ = exported.call(jax.random.key_data(run_keys), population, WALK.data)
+    assert np.isfinite(np.asarray(evidence)).all()
+    assert meta.chunk >= 2
