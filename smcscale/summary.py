@@ -171,9 +171,7 @@ def _steps(result: Result, times: int | Any) -> list[int]:
     """The steps to show, in order."""
     last = result.num_steps - 1
     if isinstance(times, int):
-        return sorted(
-            {round(t) for t in np.linspace(0, last, min(max(times, 1), last + 1))} | {last}
-        )
+        return sorted({round(t) for t in np.linspace(last, 0, min(max(times, 1), last + 1))})
     steps = [int(t) for t in times]
     outside = [t for t in steps if not 0 <= t <= last]
     if outside:
