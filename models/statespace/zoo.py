@@ -66,8 +66,8 @@ def stochastic_volatility_with_parameters(
         y: `(T,)`, percent returns; None simulates `length` rows.
         length: number of rows when `y` is None.
     Source: priors on `phi` and `mu` as in Kim, Shephard & Chib 1998, section 3.2.1 (here `mu` of
-        scale 3 instead of the square root of 10), on `sigma²` as in Kastner &
-        Frühwirth-Schnatter 2014, section 2 (Gamma, not inverse Gamma).
+        scale 3 instead of the square root of 10), on `sigma²` of the form of Kastner &
+        Frühwirth-Schnatter 2014, section 2: `Gamma(1/2, 1/(2B))`, here with `B = 0.1`.
     """
     mu = numpyro.sample("mu", dist.Normal(0.0, 3.0))
     to_phi = dist.transforms.AffineTransform(-1.0, 2.0)
@@ -230,8 +230,8 @@ def theta_logistic(
         sigma: standard deviation of a step of the log-size.
         noise_scale: standard deviation of a log-count.
         length: number of rows when `y` is None.
-    Source: Peters, Hosack & Hayes 2010; the default numbers are those of `ThetaLogistic` in
-        particles (Chopin & Papaspiliopoulos 2020, section 2.4.3), fitted to nutria counts.
+    Source: Peters, Hosack & Hayes 2010, by way of `ThetaLogistic` in particles, whose default
+        numbers these are.
     """
     x0 = numpyro.sample("x0", dist.Normal(0.0, 1.0))
 
@@ -264,7 +264,7 @@ def bearings_only(
         noise_scale: standard deviation of an angle, in radians.
         initial_mean, initial_scale: `(4,)`, law of the state before the first row.
         length: number of rows when `y` is None.
-    Source: Gordon, Salmond & Smith 1993, section 5.2. Here the angle has a von Mises law of the
+    Source: Gordon, Salmond & Smith 1993, the bearings-only example. Here the angle has a von Mises law of the
         same spread instead of a normal one, so that a track may cross the cut at pi.
     """
     mean, scale = jnp.asarray(initial_mean), jnp.asarray(initial_scale)
