@@ -17,10 +17,10 @@ stories never mention.  Read next: `tokenizer.py`.
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-HELD_OUT_NUMBERS = range(31, 40)
+HELD_OUT_NUMBERS = range(33, 37)
 STEPS = range(6, 11)
 LARGEST = 400
 
@@ -100,13 +100,19 @@ class Problem:
         return "\n".join(self.steps)
 
 
-def problem(rng: random.Random, split: str = "train", num_steps: int | None = None) -> Problem:
+def problem(
+    rng: random.Random,
+    split: str = "train",
+    num_steps: int | None = None,
+    held_out_numbers: Collection[int] = HELD_OUT_NUMBERS,
+) -> Problem:
     """One random problem.
 
     Args:
         rng: the source of randomness; advanced.
         split: `"train"` or `"test"` (see the module docstring).
         num_steps: how many sentences change something; drawn from `STEPS` when None.
+        held_out_numbers: numbers that training stories avoid.
     Raises:
         ValueError: for an unknown split.
     """
@@ -117,13 +123,20 @@ def problem(rng: random.Random, split: str = "train", num_steps: int | None = No
     people = rng.sample(WOMEN + MEN, 6)
     held_out = set(rng.sample(range(num_steps), 2)) if split == "test" else set()
 
+    def number(low: int, high: int, start: bool = False) -> int:
+        if split == "test" and start:
+            return rng.choice(HELD_OUT_NUMBERS)
+        while (drawn := rng.randint(low, high)) in held_out_numbers and split == "train":
+            pass
+        return drawn
+
     def templates(operation: str, position: int) -> Sequence[str]:
         if split == "test" and (position in held_out or rng.random() < 0.5):
             return HELD_OUT[operation]
         return TRAIN[operation]
 
     focus, others = people[0], people[1:]
-    amounts = {focus: _number(rng, split, 5, 60, start=True)}
+    amounts = {focus: number(5, 60, start=True)}
     sentences = [rng.choice(templates("start", -1)).format(p=focus, n=noun, k=amounts[focus])]
     steps: list[str] = []
     new_focus = True
@@ -131,7 +144,7 @@ def problem(rng: random.Random, split: str = "train", num_steps: int | None = No
         old = amounts[focus]
         relate = bool(others) and rng.random() < 0.25
         operation = rng.choice(_RELATIONS if relate else _CHANGES)
-        change = _apply(rng, split, operation, old, [v for p, v in amounts.items() if p != focus])
+        change = _apply(rng, number, operation, old, len(amounts) > 1)
         if change is None:
             continue
         text, value, k, b = change
@@ -163,23 +176,14 @@ def problem(rng: random.Random, split: str = "train", num_steps: int | None = No
     return Problem(" ".join(sentences), tuple(steps), amounts[focus])
 
 
-def _number(rng: random.Random, split: str, low: int, high: int, start: bool = False) -> int:
-    if split == "test" and start:
-        return rng.choice(HELD_OUT_NUMBERS)
-    while True:
-        number = rng.randint(low, high)
-        if split == "test" or number not in HELD_OUT_NUMBERS:
-            return number
-
-
-def _apply(rng: random.Random, split: str, operation: str, old: int, others: list[int]):
+def _apply(rng: random.Random, number: Callable, operation: str, old: int, others: bool):
     """`(expression, value, k, b)` of one operation on `old`, or None where it does not fit."""
     k = b = 0
     if operation in ("add", "more"):
-        k = _number(rng, split, 2, 60)
+        k = number(2, 60)
         text, value = f"{old} + {k}", old + k
     elif operation in ("subtract", "fewer"):
-        k = _number(rng, split, 2, 60)
+        k = number(2, 60)
         text, value = f"{old} - {k}", old - k
     elif operation in ("double", "twice"):
         text, value = f"{old} * 2", old * 2

@@ -24,9 +24,11 @@ import optax
 from flax import nnx
 
 from smcscale.models import parameters
-from smcscale.models.reasoning import tasks, transformer
+from smcscale.models.reasoning import rollouts, tasks, transformer
+from smcscale.models.reasoning.rollouts import Labelled
 from smcscale.models.reasoning.tokenizer import Tokenizer, word_level
 
+FIRST_HELD_OUT = range(31, 40)  # numbers that the first part of training avoids
 SHORT = (3, 4, 5)  # story lengths of the first part of training
 PADDED = {3: 112, 4: 136, 5: 160, 6: 184, 7: 208, 8: 228, 9: 248, 10: 272}
 
@@ -39,7 +41,7 @@ def configuration(vocabulary_size: int) -> transformer.Config:
     )  # fmt: skip
 
 
-def batch(rng: random.Random, tokenizer: Tokenizer, num_steps: int, size: int):
+def batch(rng: random.Random, tokenizer: Tokenizer, num_steps: int, size: int, held_out):
     """Stories with solutions: tokens `(size, S)` int32 and the mask of solution tokens.
 
     Stories that do not fit `PADDED[num_steps]` tokens are replaced.
@@ -49,7 +51,7 @@ def batch(rng: random.Random, tokenizer: Tokenizer, num_steps: int, size: int):
     solution = np.zeros((size, length), bool)
     row = 0
     while row < size:
-        story = tasks.problem(rng, "train", num_steps)
+        story = tasks.problem(rng, "train", num_steps, held_out)
         prompt, rest = tokenizer.encode_batch([story.question + "\n", story.solution])
         ids = [*prompt, *rest, tokenizer.end_tokens[0]]
         if len(ids) <= length:
@@ -59,14 +61,28 @@ def batch(rng: random.Random, tokenizer: Tokenizer, num_steps: int, size: int):
     return tokens, solution
 
 
-def train_language_model(args, tokenizer: Tokenizer, log=print) -> transformer.Transformer:
-    """Stage 1; writes a checkpoint every `args.checkpoint_every` steps into `args.out`."""
-    config = configuration(tokenizer.vocabulary_size)
-    model = transformer.Transformer(config, rngs=nnx.Rngs(args.seed))
+def train_language_model(
+    args, model, tokenizer: Tokenizer, part: int, log=print
+) -> transformer.Transformer:
+    """Stage 1, in two parts with one learning schedule each.
+
+    Part 1 starts with short stories and avoids a wider range of numbers; its schedule is meant
+    for `args.steps`, of which `args.first` are taken.  Part 2 takes `args.second` more, with the
+    learning rate falling to zero.  Checkpoints go into `args.out`.
+    """
     graph, weights = nnx.split(model)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, args.learning_rate, 100, args.steps, 0.05 * args.learning_rate
-    )
+    if part == 1:
+        steps, offset, held_out = args.first, 0, FIRST_HELD_OUT
+        short_until = args.steps * args.short_part
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, args.learning_rate, 100, args.steps, 0.05 * args.learning_rate
+        )
+    else:
+        steps, offset, held_out = args.second, args.first, tasks.HELD_OUT_NUMBERS
+        short_until = 0
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, args.second_rate, 30, args.second, 0.02 * args.second_rate
+        )
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=0.01)
     )
@@ -74,7 +90,7 @@ def train_language_model(args, tokenizer: Tokenizer, log=print) -> transformer.T
 
     def loss(weights, tokens, solution):
         model = nnx.merge(graph, weights)
-        logits = model.logits(model(tokens[:, :-1], unroll=config.num_layers))
+        logits = model.logits(model(tokens[:, :-1], unroll=model.config.num_layers))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         mask = solution[:, 1:]
         right = (jnp.argmax(logits, -1) == tokens[:, 1:]) & mask
@@ -86,32 +102,96 @@ def train_language_model(args, tokenizer: Tokenizer, log=print) -> transformer.T
         updates, state = optimizer.update(gradient, state, weights)
         return optax.apply_updates(weights, updates), state, value, right
 
-    rng = random.Random(f"smcscale language model {args.seed}")
+    name = "smcscale language model" if part == 1 else "smcscale language model, part 2"
+    rng = random.Random(f"{name} {args.seed}")
     start = time.time()
-    for index in range(args.steps):
-        short = index < args.steps * args.short_part
-        num_steps = rng.choice(SHORT if short else list(tasks.STEPS))
-        tokens, solution = batch(rng, tokenizer, num_steps, args.batch_size)
+    for index in range(steps):
+        num_steps = rng.choice(SHORT if index < short_until else list(tasks.STEPS))
+        tokens, solution = batch(rng, tokenizer, num_steps, args.batch_size, held_out)
         weights, state, value, right = step(weights, state, tokens, solution)
         if index % 50 == 0:
             log(
-                f"language model {index:5d}: loss {float(value):.4f}, tokens right "
+                f"language model {offset + index:5d}: loss {float(value):.4f}, tokens right "
                 f"{float(right):.4f}, {time.time() - start:.0f} s",
                 flush=True,
             )
-        if index and index % args.checkpoint_every == 0:
+        if (index + 1) % args.checkpoint_every == 0:
             parameters.save(
-                Path(args.out) / f"step_{index:05d}.safetensors",
+                Path(args.out) / f"step_{offset + index + 1:05d}.safetensors",
                 transformer.to_hf(nnx.merge(graph, weights)),
             )
     return nnx.merge(graph, weights)
 
 
-def save_model(folder: Path, model: transformer.Transformer, tokenizer: Tokenizer) -> None:
-    """Write a model folder in the Hugging Face layout."""
+def train_reward_model(args, model, tokenizer: Tokenizer, labelled: Labelled, log=print):
+    """Stage 3: `(backbone, head (1, D), bias (1,))` fitted to soft labels by cross-entropy."""
+    graph, weights = nnx.split(model)
+    width = model.config.hidden_size
+    everything = (weights, jnp.zeros((1, width)), jnp.zeros(1))
+    count = len(labelled.tokens)
+    total = args.reward_epochs * (count // args.batch_size)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, args.reward_rate, total // 20 + 1, total)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
+    )
+    state = optimizer.init(everything)
+
+    def loss(everything, tokens, ends, labels):
+        weights, head, bias = everything
+        hidden = nnx.merge(graph, weights)(tokens, unroll=model.config.num_layers)
+        at_ends = jnp.take_along_axis(hidden, ends[..., None], axis=1)
+        logits = (at_ends @ head.T + bias)[..., 0]
+        used = ~jnp.isnan(labels)
+        losses = optax.sigmoid_binary_cross_entropy(logits, jnp.where(used, labels, 0.0))
+        return jnp.sum(losses * used) / jnp.sum(used)
+
+    @jax.jit
+    def step(everything, state, tokens, ends, labels):
+        value, gradient = jax.value_and_grad(loss)(everything, tokens, ends, labels)
+        updates, state = optimizer.update(gradient, state, everything)
+        return optax.apply_updates(everything, updates), state, value
+
+    rng = random.Random(f"smcscale reward model {args.seed}")
+    lengths = labelled.ends.max(axis=1) + 1
+    start, index = time.time(), 0
+    for _ in range(args.reward_epochs):
+        order = sorted(range(count), key=lambda i: (lengths[i] + rng.uniform(-10, 10)))
+        batches = [order[i : i + args.batch_size] for i in range(0, count, args.batch_size)]
+        batches = [rows for rows in batches if len(rows) == args.batch_size]
+        rng.shuffle(batches)
+        for rows in batches:
+            longest = -(-int(lengths[rows].max()) // 32) * 32
+            everything, state, value = step(
+                everything, state, labelled.tokens[rows, :longest], labelled.ends[rows],
+                labelled.labels[rows],
+            )  # fmt: skip
+            if index % 25 == 0:
+                log(
+                    f"reward model {index:4d} of {total}: loss {float(value):.4f}, "
+                    f"{time.time() - start:.0f} s",
+                    flush=True,
+                )
+            index += 1
+    weights, head, bias = everything
+    return nnx.merge(graph, weights), np.asarray(head), np.asarray(bias)
+
+
+def save_model(
+    folder: Path, model: transformer.Transformer, tokenizer: Tokenizer, head: tuple | None = None
+) -> None:
+    """Write a model folder in the Hugging Face layout; `head` is a reward model's (weight, bias)."""
     folder.mkdir(parents=True, exist_ok=True)
-    parameters.save(folder / "model.safetensors", transformer.to_hf(model))
-    (folder / "config.json").write_text(json.dumps(model.config.to_hf(), indent=2) + "\n")
+    tensors = transformer.to_hf(model)
+    config = model.config.to_hf() | {"smcscale": {"step_tokens": 20, "max_tokens": 160}}
+    if head is not None:
+        tensors |= {"score.weight": head[0], "score.bias": head[1]}
+        config = model.config.to_hf("ForTokenClassification") | {
+            "num_labels": 1,
+            "id2label": {"0": "good"},
+            "label2id": {"good": 0},
+        }
+    parameters.save(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(folder / "tokenizer.json")
 
 
@@ -119,18 +199,63 @@ def main(argv: list[str] | None = None) -> None:
     """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(prog="python -m smcscale.models.reasoning.train")
     parser.add_argument("--out", default="trained", help="folder for both models and checkpoints")
-    parser.add_argument("--steps", type=int, default=4500, help="training steps of the language model")
+    parser.add_argument("--steps", type=int, default=4500, help="length of the learning schedule")
+    parser.add_argument("--first", type=int, default=2751, help="steps taken of that schedule")
+    parser.add_argument("--second", type=int, default=1300, help="steps of the second part")
+    parser.add_argument("--second-rate", type=float, default=1.5e-3)
+    parser.add_argument("--first-done", default=None, help="skip part 1; a .safetensors file")
+    parser.add_argument("--language-done", default=None, help="skip stage 1; a .safetensors file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--short-part", type=float, default=0.35)
     parser.add_argument("--checkpoint-every", type=int, default=250)
+    parser.add_argument("--solutions", type=int, default=3000, help="labelled solutions")
+    parser.add_argument("--positions", type=int, default=3, help="line ends labelled in each")
+    parser.add_argument("--completions", type=int, default=4, help="roll-outs from each line end")
+    parser.add_argument("--reward-epochs", type=int, default=4)
+    parser.add_argument("--reward-rate", type=float, default=1e-3)
     args = parser.parse_args(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = word_level(tasks.words())
-    model = train_language_model(args, tokenizer)
+    config = configuration(tokenizer.vocabulary_size)
+    done = args.language_done or args.first_done
+    if done:
+        model = transformer.from_hf(config, parameters.load(done))
+    else:
+        model = transformer.Transformer(config, rngs=nnx.Rngs(args.seed))
+        model = train_language_model(args, model, tokenizer, part=1)
+    if not args.language_done:
+        model = train_language_model(args, model, tokenizer, part=2)
     save_model(out / "reasoner", model, tokenizer)
+    # the reward model learns from the samples of the model as it is shipped, rounded to bfloat16
+    model = transformer.from_hf(model.config, parameters.load(out / "reasoner"))
+    labelled = label_in_chunks(args, model, tokenizer)
+    backbone, head, bias = train_reward_model(args, model, tokenizer, labelled)
+    save_model(out / "reasoner-prm", backbone, tokenizer, (head, bias))
+
+
+def label_in_chunks(args, model, tokenizer: Tokenizer, log=print, chunk: int = 192) -> Labelled:
+    """Stage 2, in chunks so that it can be watched; the labels so far are kept in `labels.npz`."""
+    rng = random.Random(f"smcscale roll-outs {args.seed}")
+    parts: list[Labelled] = []
+    start = time.time()
+    for number in range(-(-args.solutions // chunk)):
+        part, seen = rollouts.label(
+            model, tokenizer, rng, jax.random.fold_in(jax.random.key(args.seed), number),
+            solutions=chunk, positions=args.positions, completions=args.completions,
+        )  # fmt: skip
+        parts.append(part)
+        labelled = Labelled(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        np.savez_compressed(Path(args.out) / "labels.npz", **labelled._asdict())
+        log(
+            f"roll-outs {len(labelled.tokens)}: solved {seen['solved']:.3f}, right step "
+            f"{seen['right step']:.3f}, mean label {np.nanmean(part.labels):.3f}, "
+            f"{time.time() - start:.0f} s",
+            flush=True,
+        )
+    return labelled
 
 
 if __name__ == "__main__":

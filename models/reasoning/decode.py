@@ -1,0 +1,292 @@
+"""Write one step of every sequence: a token loop over the whole batch, joined to `vmap` by hand.
+
+`write_step(keys, model, prompt, ..., states)` is native over groups x members: group g draws
+with key g.  A `while_loop` under `vmap` would copy every cache at every token, so the function
+is a `custom_vmap` whose rule folds each mapped axis into groups (where keys differ) or members
+(where one key serves all) and calls itself: any nesting of `vmap` reaches one loop.  Batched
+weights are refused.  Decoding is not differentiable.
+
+Inside the loop the layers are a `lax.scan` that reads the caches; the current token's keys and
+values are attended apart and written once for all layers by a scatter.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+
+from smcscale.models.reasoning import cache, transformer
+from smcscale.models.reasoning.cache import KeysValues
+from smcscale.models.reasoning.transformer import Transformer
+
+
+class Written(eqx.Module):
+    """What one sequence has written.
+
+    Attributes:
+        tokens: `(C,)`, everything since the prompt.
+        length: how many tokens count.
+        begin: where the newest step begins; `begin == length` if nothing was added.
+        finished: the end token was written, or the room is full.
+        cache: suffix keys and values `(L, kv, C, head)` of the prompt's last token and of all
+            tokens but the newest, which is still pending.
+    """
+
+    tokens: Int32[Array, "..."]
+    length: Int32[Array, "..."]
+    begin: Int32[Array, "..."]
+    finished: Bool[Array, "..."]
+    cache: KeysValues
+
+
+class Prompted(NamedTuple):
+    """A prompt that was read: padded tokens `(P,)`, their number, keys and values."""
+
+    tokens: Int32[Array, "..."]
+    length: Int32[Array, "..."]
+    cache: KeysValues
+
+
+def draw_tokens(
+    uniforms: Float[Array, " B"], logits: Float[Array, "B V"], block: int = 128
+) -> Int32[Array, " B"]:
+    """One token of every row by two-level inverse CDF: choose a block by its sum, then inside it.
+
+    Args:
+        uniforms: `(B,)` in [0, 1).
+        logits: `(B, V)`; `-inf` forbids a token.
+    Returns:
+        `(B,)` int32; a token of probability zero is never drawn.
+    """
+    rows, width = logits.shape
+    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    if width > 2 * block:
+        mass = jnp.pad(mass, ((0, 0), (0, -width % block))).reshape(rows, -1, block)
+        sums = jnp.sum(mass, axis=-1)
+        chosen, left = _inverse(uniforms * jnp.sum(sums, axis=-1), sums)
+        inside = jnp.take_along_axis(mass, chosen[:, None, None], axis=1)[:, 0]
+        return chosen * block + _inverse(left, inside)[0]
+    return _inverse(uniforms * jnp.sum(mass, axis=-1), mass)[0]
+
+
+def _inverse(target, mass):
+    """Index of the cell of `mass (B, K)` that `target (B,)` falls in, and how far into it."""
+    cumulative = jnp.cumsum(mass, axis=-1)
+    # rounding can put the target at the very end: stay at or below the last cell with mass
+    last = jnp.argmax(jnp.where(mass > 0, jnp.arange(mass.shape[-1]), -1), axis=-1)
+    index = jnp.minimum(jnp.sum(cumulative <= target[:, None], axis=-1), last)
+    before = jnp.take_along_axis(cumulative - mass, index[:, None], axis=-1)[:, 0]
+    return index.astype(jnp.int32), jnp.maximum(target - before, 0.0)
+
+
+@functools.cache
+def _native(graph: Any, step_tokens: int, end_tokens: tuple[int, ...]):
+    """The sampler of one network shape; cached, so that equal calls trace to equal programs."""
+
+    @custom_vmap
+    def write(keys, weights, prompt, states):
+        arrays, ends_step, temperature = weights
+        bundle = (nnx.merge(graph, arrays), ends_step, temperature)
+        return _write(bundle, step_tokens, end_tokens, keys, prompt, states)
+
+    @write.def_vmap
+    def rule(size, batched, keys, weights, prompt, states):
+        keys_in, weights_in, prompt_in, states_in = batched
+        if any(jax.tree.leaves(weights_in)):
+            raise NotImplementedError(
+                "smcscale: the language model's weights or temperature are mapped by `vmap`; "
+                "decoding needs one set for all sequences.\n"
+                "  try: map over keys, states or prompts only."
+            )
+        fold, unfold = folding(size, keys_in, jax.tree.leaves(states)[0].shape, states_in)
+        states = fold_tree(fold, size, states, states_in)
+        prompt = _fold_prompt(size, keys_in, prompt, prompt_in, states.length.shape)
+        if keys_in:
+            keys = keys.reshape(-1)
+        out = jax.tree.map(unfold, write(keys, weights, prompt, states))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return write
+
+
+def folding(size: int, into_groups: bool, shape: tuple, batched: Any):
+    """Functions that fold a mapped axis of `(size, G, M, ...)` leaves away, and back."""
+    mapped = any(jax.tree.leaves(batched))
+    groups, members = shape[1:3] if mapped and jax.tree.leaves(batched)[0] else shape[:2]
+
+    def fold(x):
+        if into_groups:
+            return x.reshape(size * groups, members, *x.shape[3:])
+        return jnp.moveaxis(x, 0, 1).reshape(groups, size * members, *x.shape[3:])
+
+    def unfold(x):
+        if into_groups:
+            return x.reshape(size, groups, members, *x.shape[2:])
+        return jnp.moveaxis(x.reshape(groups, size, members, *x.shape[2:]), 1, 0)
+
+    return fold, unfold
+
+
+def fold_tree(fold, size: int, tree: Any, batched: Any):
+    """Give every leaf the mapped axis, then fold it."""
+
+    def one(leaf, is_batched):
+        return fold(leaf if is_batched else jnp.broadcast_to(leaf, (size, *leaf.shape)))
+
+    return jax.tree.map(one, tree, batched)
+
+
+def _fold_prompt(size: int, into_groups: bool, prompt: Prompted, batched: Any, shape: tuple):
+    """Fold the mapped axis of prompts `(1 or G, 1 or M, ...)`; a shared copy stays shared.
+
+    `shape` is `(G, M)` of the states after folding.
+    """
+    mapped = any(jax.tree.leaves(batched))
+    groups, members = shape
+
+    def one(leaf, is_batched):
+        copies = leaf.shape[1:3] if is_batched else leaf.shape[:2]
+        rest = leaf.shape[3:] if is_batched else leaf.shape[2:]
+        if not mapped and (copies[0] == 1 if into_groups else copies[1] == 1):
+            return leaf
+        leaf = leaf if is_batched else jnp.broadcast_to(leaf, (size, *leaf.shape))
+        if into_groups:
+            leaf = jnp.broadcast_to(leaf, (size, groups // size, copies[1], *rest))
+            return leaf.reshape(groups, copies[1], *rest)
+        leaf = jnp.broadcast_to(leaf, (size, groups, members // size, *rest))
+        return jnp.moveaxis(leaf, 0, 1).reshape(groups, members, *rest)
+
+    return jax.tree.map(one, prompt, batched)
+
+
+def write_step(
+    key: PRNGKeyArray,
+    graph: Any,
+    weights: Any,
+    prompt: Prompted,
+    state: Written,
+    ends_step: Bool[Array, " V"],
+    temperature: Float[Array, ""],
+    *,
+    step_tokens: int,
+    end_tokens: tuple[int, ...],
+) -> Written:
+    """One sequence's next step; under `vmap`, every sequence's in one loop.
+
+    Args:
+        key: one for all mapped sequences, or one for each.
+        graph: static part of the network (`nnx.split`).
+        weights: its arrays.
+        prompt: what was read.
+        state: what was written; a finished one is returned with an empty newest step.
+        ends_step: tokens that end a step.
+        temperature: of the token distribution.
+        step_tokens: a step has at most so many tokens (static).
+        end_tokens: tokens that end the text (static).
+    Raises:
+        NotImplementedError: under `vmap` over the weights.
+    """
+    sampler = _native(graph, step_tokens, end_tokens)
+    one = functools.partial(jax.tree.map, lambda x: jnp.asarray(x)[None, None])
+    written = sampler(
+        key[None], (weights, ends_step, temperature), one(prompt), one(state)
+    )
+    return jax.tree.map(lambda x: x[0, 0], written)
+
+
+def _write(bundle, step_tokens, end_tokens, keys, prompt, states) -> Written:
+    model, ends_step, temperature = bundle
+    groups, members = states.length.shape
+    batch = groups * members
+    flat = jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), states)
+    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (members, step_tokens)))(keys)
+    uniforms = uniforms.reshape(batch, step_tokens)
+    if prompt.length.shape[1] > 1:  # one for each sequence; else one for all or for each group
+        full = lambda x: jnp.broadcast_to(x, (groups, members, *x.shape[2:]))  # noqa: E731
+        prompt = jax.tree.map(full, prompt)
+    prompt = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), prompt)
+    prompt_cache = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), prompt.cache)
+    out = token_loop(
+        model, ends_step, temperature, end_tokens, uniforms, prompt, prompt_cache, flat
+    )
+    return jax.tree.map(lambda x: x.reshape(groups, members, *x.shape[1:]), out)
+
+
+def token_loop(
+    model: Transformer, ends_step, temperature, end_tokens, uniforms, prompt, prompt_cache, states
+) -> Written:
+    """The loop itself, over B sequences; see `write_step`.
+
+    Args:
+        uniforms: `(B, S)`, one for each token; S is the longest step.
+        prompt: tokens `(B / m, P)`, length `(B / m,)`; m sequences in a row share one.
+        prompt_cache: `(L, B / m, kv, P, head)`.
+        states: leaves `(B, ...)`.
+    """
+    config = model.config
+    batch, room = states.tokens.shape
+    rows = jnp.arange(batch)
+    layers = model.stacked()
+    visible = prompt.length - 1  # the prompt's last token is the first pending one
+    last = jnp.take_along_axis(prompt.tokens, visible[:, None], axis=1)[:, 0]
+    visible, last = (jnp.repeat(x, batch // x.shape[0]) for x in (visible, last))
+    in_prompt = (jnp.arange(prompt.tokens.shape[1]) < visible[:, None])[:, None]
+    newest = jnp.take_along_axis(
+        states.tokens, jnp.maximum(states.length - 1, 0)[:, None], axis=1
+    )[:, 0]
+    pending = jnp.where(states.length == 0, last, newest)
+
+    def unfinished(carry):
+        index, _, _, _, done, *_ = carry
+        return (index < uniforms.shape[1]) & ~jnp.all(done)
+
+    def one_token(carry):
+        index, pending, tokens, length, done, finished, keys, values = carry
+        rotation = transformer.rotations(config, (visible + length)[:, None])
+        in_suffix = (jnp.arange(room) < length[:, None])[:, None]
+        itself = jnp.ones((1, 1, 1), bool)
+
+        def layer(hidden, xs):
+            weights, prompt_k, prompt_v, k_cache, v_cache = xs
+            q, k, v = transformer.queries_keys_values(config, weights, hidden, rotation)
+            k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+            attended = cache.attend(
+                q,
+                1 / math.sqrt(config.head_size),
+                [(prompt_k, prompt_v, in_prompt), (k_cache, v_cache, in_suffix), (k, v, itself)],
+            )
+            return transformer.after_attention(config, weights, hidden, attended), (k, v)
+
+        hidden = jnp.take(model.embedding[...], pending, axis=0)[:, None]
+        xs = (layers, prompt_cache.keys, prompt_cache.values, keys, values)
+        hidden, (k, v) = jax.lax.scan(layer, hidden, xs)
+        hidden = transformer.rms_norm(hidden[:, 0], model.norm[...], config.norm_eps)
+        slot = jnp.where(done, room, length)
+        # indexed by sequence and slot, which numpy's rule then puts first
+        keys = keys.at[:, rows, :, slot].set(jnp.moveaxis(k[:, :, :, 0], 0, 1), mode="drop")
+        values = values.at[:, rows, :, slot].set(jnp.moveaxis(v[:, :, :, 0], 0, 1), mode="drop")
+        uniform = jax.lax.dynamic_index_in_dim(uniforms, index, axis=1, keepdims=False)
+        token = draw_tokens(uniform, model.logits(hidden) / temperature)
+        tokens = tokens.at[rows, slot].set(token, mode="drop")
+        length = length + ~done
+        over = jnp.isin(token, jnp.asarray(end_tokens, jnp.int32)) | (length >= room)
+        finished = finished | (~done & over)
+        done = done | ends_step[token] | over
+        return index + 1, token, tokens, length, done, finished, keys, values
+
+    start = (
+        jnp.zeros((), jnp.int32), pending, states.tokens, states.length, states.finished,
+        states.finished, jnp.moveaxis(states.cache.keys, 1, 0),
+        jnp.moveaxis(states.cache.values, 1, 0),
+    )  # fmt: skip
+    _, _, tokens, length, _, finished, keys, values = jax.lax.while_loop(
+        unfinished, one_token, start
+    )
+    suffix = KeysValues(jnp.moveaxis(keys, 0, 1), jnp.moveaxis(values, 0, 1))
+    return Written(tokens, length, states.length, finished, suffix)

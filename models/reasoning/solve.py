@@ -1,0 +1,136 @@
+"""`solve`: question in, answer out, by a particle filter over the steps of a solution."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from smcscale.engine.filter import ParticleFilter
+from smcscale.kernels import resampling
+from smcscale.models.reasoning import answers as readouts
+from smcscale.models.reasoning.language_model import LanguageModel
+from smcscale.models.reasoning.program import read_prompt, reason
+from smcscale.models.reasoning.reward_model import ProcessRewardModel
+from smcscale.models.reasoning.tasks import final_answer
+from smcscale.run import SMC
+
+MAX_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What the particles say about one question.
+
+    Attributes:
+        answer: the selected answer, None if no text has one.
+        answers: each particle's answer, None where its text has none.
+        log_weights: `(N,)`, unnormalised, nats.
+        log_evidence: log of the evidence estimate; with the `difference` potential the log of
+            the mean score of the model's own solutions. None under a kernel without a target.
+        texts: each particle's solution.
+        scores: the last score of each, `(N,)` in [0, 1].
+        cost: what was spent, by name.
+    """
+
+    answer: str | None
+    answers: tuple[str | None, ...]
+    log_weights: np.ndarray
+    log_evidence: float | None
+    texts: tuple[str, ...]
+    scores: np.ndarray
+    cost: dict[str, float]
+
+
+def solve(
+    question: str | Sequence[str],
+    *,
+    lm: LanguageModel | None = None,
+    prm: ProcessRewardModel | None = None,
+    num_particles: int = 16,
+    method: ParticleFilter | None = None,
+    select: Callable[..., str | None] = readouts.weighted_majority,
+    key: Any = None,
+    max_steps: int = MAX_STEPS,
+    answer_of: Callable[[str], str | None] = final_answer,
+    options: dict[str, Any] | None = None,
+) -> Solution | list[Solution]:
+    """Solve a question, or each of a list.
+
+    Args:
+        question: text; a newline is added.
+        lm: the language model; the shipped one when None.
+        prm: the process reward model; the shipped one when None.
+        num_particles: N.
+        method: `ParticleFilter(reason, ...)` with the kernels to use; systematic resampling below
+            half the ESS when None.
+        select: `(answers, log_weights, scores, key) -> answer`, see `answers.py`.
+        key: random key; `jax.random.key(0)` when None.
+        max_steps: at most so many steps.
+        answer_of: reads the answer out of a text.
+        options: further keyword arguments of `reason`, such as `potential`.
+    Returns:
+        `Solution`, or a list of them for a list of questions.
+    Raises:
+        TypeError, ValueError: by argument name.
+    """
+    lm = shipped_language_model() if lm is None else lm
+    prm = shipped_reward_model() if prm is None else prm
+    method = default_method() if method is None else method
+    key = jax.random.key(0) if key is None else key
+    if not isinstance(question, str):
+        keys = jax.random.split(key, len(question))
+        return [
+            solve(
+                each, lm=lm, prm=prm, num_particles=num_particles, method=method, select=select,
+                key=k, max_steps=max_steps, answer_of=answer_of, options=options,
+            )
+            for each, k in zip(question, keys, strict=True)
+        ]  # fmt: skip
+    if not question.strip():
+        raise ValueError("smcscale: the question is empty.")
+    run_key, select_key = jax.random.split(key)
+    prompt = read_prompt(lm, prm, question.strip() + "\n")
+    smc = SMC(method, num_particles=num_particles, progress_bar=False)
+    smc.run(run_key, lm, prm, prompt, max_steps=max_steps, **(options or {}))
+    samples, log_weights = smc.get_samples(weighted=True)
+    tokens = np.asarray(samples["step"].written.tokens)
+    lengths = np.asarray(samples["step"].written.length)
+    scores = np.asarray(samples["score"])
+    if tokens.ndim == 3:  # a store of paths: the last row has the whole text
+        tokens, lengths, scores = tokens[:, -1], lengths[:, -1], scores[:, -1]
+    texts = tuple(lm.decode(row[:n]) for row, n in zip(tokens, lengths, strict=True))
+    answers = tuple(answer_of(text) for text in texts)
+    log_weights = np.asarray(log_weights)
+    try:
+        evidence = float(smc.log_evidence[0])
+    except ValueError:  # a selection kernel left no target
+        evidence = None
+    answer = select(answers, log_weights, scores, select_key)
+    return Solution(answer, answers, log_weights, evidence, texts, scores, dict(smc.cost))
+
+
+def default_method() -> ParticleFilter:
+    """Systematic resampling when the ESS falls below half, no history kept."""
+    return ParticleFilter(reason, resampling=resampling.systematic, store="last")
+
+
+def shipped(name: str) -> Path:
+    """Folder of a shipped model: "reasoner" or "reasoner-prm"."""
+    return Path(str(resources.files("smcscale.models.pretrained") / name))
+
+
+@functools.cache
+def shipped_language_model() -> LanguageModel:
+    """The shipped language model, loaded once."""
+    return LanguageModel.from_pretrained(shipped("reasoner"))
+
+
+@functools.cache
+def shipped_reward_model() -> ProcessRewardModel:
+    """The shipped process reward model, loaded once."""
+    return ProcessRewardModel.from_pretrained(shipped("reasoner-prm"))
