@@ -373,11 +373,18 @@ def filter(result: Result, per_run: bool = False) -> FilterTable:
 
 
 def sites(values: PyTree) -> dict[str, Any]:
-    """The arrays of a pytree of sites by name; inner parts are joined with dots."""
+    """The arrays of a pytree of sites by name; inner parts are joined with dots.
+
+    Sites that are objects (an `eqx.Module`, such as the text of a language model) are left out.
+    """
+
+    def whole(value):
+        return isinstance(value, eqx.Module)
+
     named = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(values)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        named[name or "state"] = leaf
+    for path, leaf in jax.tree_util.tree_flatten_with_path(values, is_leaf=whole)[0]:
+        if not whole(leaf):
+            named[jax.tree_util.keystr(path, simple=True, separator=".") or "state"] = leaf
     return named
 
 

@@ -4,6 +4,7 @@ No pickle: loading runs no code from the file. Programs are not saved. Particle 
 objects of the user's own classes come back as dictionaries of their fields.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -102,10 +103,12 @@ def _describe(value: Any, tensors: dict[str, np.ndarray], name: str) -> Any:
         example = jax.tree.unflatten(value.structure, leaves)
         fields = {"segments": value.segments, "links": value.links, "structure": example}
         return {"class": "Ancestry", "fields": _describe(fields, tensors, name)["dict"]}
-    fields = getattr(value, "_fields", None) or getattr(value, "__dataclass_fields__", None)
-    if fields:
-        described = {k: _describe(getattr(value, k), tensors, f"{name}.{k}") for k in fields}
-        ours = _CLASSES.get(type(value).__name__) is type(value)
+    ours = _CLASSES.get(type(value).__name__) is type(value)
+    names = getattr(value, "_fields", ())
+    if ours and not names:
+        names = [field.name for field in dataclasses.fields(value)]
+    if names:
+        described = {k: _describe(getattr(value, k), tensors, f"{name}.{k}") for k in names}
         return {"class": type(value).__name__, "fields": described} if ours else {"dict": described}
     if isinstance(value, tuple | list):
         items = [_describe(v, tensors, f"{name}.{i}") for i, v in enumerate(value)]

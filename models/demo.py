@@ -1,0 +1,256 @@
+"""The demo: one engine on a series of returns and on word problems written step by step.
+
+    python -m smcscale demo
+
+prints what it does as it goes and writes two pictures: `volatility.png`, `accuracy.png`.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from smcscale import plot
+from smcscale.engine.filter import ParticleFilter
+from smcscale.kernels import resampling
+from smcscale.models.commands import volatility_mean
+from smcscale.models.reasoning.program import reason
+from smcscale.models.reasoning.solve import (
+    Solution,
+    shipped_language_model,
+    shipped_reward_model,
+    solve,
+)
+from smcscale.models.reasoning.tasks import Problem, problems
+from smcscale.models.statespace.data import sp500_returns
+from smcscale.models.statespace.zoo import stochastic_volatility
+from smcscale.run import SMC
+
+#: the same kernel object resamples volatilities and texts
+_KERNEL = resampling.systematic
+_PARTICLES = (1, 4, 16)
+_PROBLEMS = 30
+_SEED = 2024  # of the demo's problems
+
+
+class Accuracy(NamedTuple):
+    """One row of the accuracy table.
+
+    Attributes:
+        num_particles: N.
+        right, total: problems solved, problems tried.
+        low, high: 95% interval of the share solved.
+        tokens: written by the language model, per problem.
+        seconds: per problem, without compilation.
+    """
+
+    num_particles: int
+    right: int
+    total: int
+    low: float
+    high: float
+    tokens: float
+    seconds: float
+
+
+def demo(folder: str | Path = "demo") -> None:
+    """Run both halves and write the pictures into `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    volatility(folder / "volatility.png")
+    reasoning(folder / "accuracy.png")
+    print(f"\ndone in {time.perf_counter() - started:.0f} s. Pictures:")
+    for name, shows in (
+        ("volatility.png", "volatility of the S&P 500 with its 90% band, and the ESS over time"),
+        ("accuracy.png", "share of word problems solved against tokens written, with intervals"),
+    ):
+        print(f"  {folder / name}: {shows}")
+
+
+def volatility(picture: Path) -> SMC:
+    """Filter the S&P 500 under stochastic volatility and draw the band."""
+    import matplotlib.pyplot as plt
+
+    series = sp500_returns()
+    phi, sigma = 0.98, 0.2
+    mu = volatility_mean(series.values, phi, sigma)
+    first, last = series.times[0], series.times[-1]
+    print(f"1. S&P 500, {len(series.values)} daily returns, {first} to {last} (from arch),")
+    print(f"   under stochastic volatility with mu {mu:.2f}, phi {phi}, sigma {sigma}:")
+    print("   4 runs of 1000 particles, systematic resampling below half the ESS")
+    smc = SMC(
+        ParticleFilter(stochastic_volatility, resampling=_KERNEL, store="paths"),
+        num_particles=1000,
+        num_runs=4,
+    )
+    smc.run(jax.random.key(0), series.values, mu, phi, sigma)
+    smc.print_summary(times=5)
+
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(10, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    plot.filter_bands(
+        smc,
+        "x",
+        np.abs(series.values),
+        dates=series.times,
+        transform=lambda x: np.exp(x / 2),
+        ax=top,
+    )
+    top.set_ylabel("percent a day")
+    top.set_ylim(0, 8)
+    top.set_title("Volatility of the S&P 500 and absolute daily returns", fontsize="medium")
+    plot.ess(smc, dates=series.times, ax=bottom)
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)
+    print(f"   -> {picture}")
+    return smc
+
+
+def reasoning(picture: Path) -> list[Accuracy]:
+    """Solve held-out word problems with more and more particles; print a tree and a table."""
+    lm, prm = shipped_language_model(), shipped_reward_model()
+    size = sum(x.size for x in jax.tree.leaves(lm.weights))
+    held_out = problems(_SEED, _PROBLEMS, "test")
+    print(f"\n2. {_PROBLEMS} held-out word problems of 6 to 10 steps. A language model of")
+    print(f"   {size / 1e6:.1f} M parameters writes, a reward model judges each step, and the same")
+    print("   particle filter with the same systematic resampling keeps the texts that score well.")
+    method = ParticleFilter(reason, resampling=_KERNEL, store="last")
+    rows, shown = [], False
+    for num_particles in _PARTICLES:
+        solutions, seconds = [], []
+        for i, problem in enumerate(held_out):
+            started = time.perf_counter()
+            solution = solve(
+                problem.question,
+                lm=lm,
+                prm=prm,
+                num_particles=num_particles,
+                method=method,
+                key=jax.random.fold_in(jax.random.key(_SEED), i),
+            )
+            seconds.append(time.perf_counter() - started)
+            solutions.append(solution)
+        rows.append(_accuracy(num_particles, held_out, solutions, seconds))
+        print(f"   {num_particles} particles: {rows[-1].right} of {_PROBLEMS} right")
+        if num_particles == _PARTICLES[-1] and not shown:
+            i = _interesting(held_out, solutions)
+            print(f"\n   One problem and its {num_particles} particles")
+            print(tree(held_out[i], solutions[i], prm))
+    print()
+    print(table(rows))
+    _draw(rows, picture)
+    print(f"   -> {picture}")
+    return rows
+
+
+def tree(problem: Problem, solution: Solution, prm) -> str:
+    """The texts of a solution as a tree: a line for each step, shared steps once.
+
+    Each line says how many particles hold the step, and the reward model's score of it.
+    """
+    lines = [*_wrapped(problem.question, 92), ""]
+    texts = [tuple(text.strip().split("\n")) for text in solution.texts]
+    scores = {text: np.asarray(prm.score(problem.question + "\n", text)) for text in set(texts)}
+
+    def grow(prefix: tuple[str, ...], members: list[tuple[str, ...]], bars: str) -> None:
+        heads = {text[: len(prefix) + 1] for text in members if len(text) > len(prefix)}
+        groups = [(head, [t for t in members if t[: len(head)] == head]) for head in heads]
+        groups.sort(key=lambda group: -len(group[1]))
+        for i, (head, inside) in enumerate(groups):
+            branches = len(groups) > 1
+            last = i == len(groups) - 1
+            joint = ("`- " if last else "|- ") if branches else ""
+            score = scores[inside[0]][len(head) - 1]
+            right = (
+                head[-1] == problem.steps[len(head) - 1] if len(head) <= len(problem.steps) else 0
+            )
+            mark = "" if right else "  (wrong)"
+            text = f"{bars}{joint}{head[-1]}"
+            lines.append(f"{text:<52} x{len(inside):<3} score {score:.2f}{mark}")
+            below = bars + ("   " if last else "|  ") if branches else bars
+            grow(head, inside, below)
+
+    grow((), texts, "")
+    verdict = "right" if solution.answer == str(problem.answer) else "wrong"
+    lines += ["", f"weighted majority: {solution.answer} ({verdict}; true answer {problem.answer})"]
+    return "\n".join("   " + line for line in lines)
+
+
+def table(rows: list[Accuracy]) -> str:
+    """The accuracy table."""
+    lines = ["   particles   solved   95% interval   tokens a problem   seconds a problem"]
+    for row in rows:
+        share = f"{row.right / row.total:.0%}"
+        interval = f"{row.low:.0%} to {row.high:.0%}"
+        lines.append(
+            f"   {row.num_particles:>9}   {share:>6}   {interval:>12}   {row.tokens:>16.0f}"
+            f"   {row.seconds:>17.2f}"
+        )
+    return "\n".join(lines)
+
+
+def interval(right: int, total: int) -> tuple[float, float]:
+    """95% interval of a share (Wilson 1927)."""
+    z = 1.96
+    p, weight = right / total, z * z / total
+    middle = (p + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(p * (1 - p) / total + weight / (4 * total))
+    return middle - half, middle + half
+
+
+def _accuracy(
+    num_particles: int, asked: list[Problem], solutions: list[Solution], seconds: list[float]
+) -> Accuracy:
+    right = sum(s.answer == str(p.answer) for p, s in zip(asked, solutions, strict=True))
+    tokens = sum(s.cost.get("tokens", 0.0) for s in solutions) / len(solutions)
+    # the median leaves out the few that compile
+    middle = float(np.median(seconds))
+    return Accuracy(num_particles, right, len(asked), *interval(right, len(asked)), tokens, middle)
+
+
+def _interesting(asked: list[Problem], solutions: list[Solution]) -> int:
+    """A problem solved by particles that disagree, if there is one."""
+
+    def disagreement(i: int) -> tuple[bool, int]:
+        solved = solutions[i].answer == str(asked[i].answer)
+        return solved, min(len(set(solutions[i].texts)), 6)
+
+    return max(range(len(asked)), key=disagreement)
+
+
+def _draw(rows: list[Accuracy], picture: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    tokens = [row.tokens for row in rows]
+    share = np.array([row.right / row.total for row in rows])
+    low, high = (np.array([getattr(row, name) for row in rows]) for name in ("low", "high"))
+    ax.errorbar(tokens, share, (share - low, high - share), fmt="o-", capsize=4)
+    for row, x, y in zip(rows, tokens, share, strict=True):
+        text = f"{row.num_particles} particle{'s' if row.num_particles > 1 else ''}"
+        ax.annotate(text, (x, y), xytext=(8, -14), textcoords="offset points", fontsize="small")
+    ax.set_xscale("log")
+    ax.set_ylim(0, 1.02)
+    ax.set_xlim(tokens[0] / 1.6, tokens[-1] * 2.6)
+    ax.set_xlabel("tokens written for a problem")
+    ax.set_ylabel("share of problems solved")
+    ax.set_title(f"{rows[0].total} held-out word problems, 95% intervals", fontsize="medium")
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines, line = [], ""
+    for word in text.split():
+        if len(line) + len(word) + 1 > width:
+            lines.append(line)
+            line = ""
+        line = f"{line} {word}".strip()
+    return [*lines, line]
