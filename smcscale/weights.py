@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
-from smcscale.types import Key, LogWeights
+from smcscale.types import LogWeights
 
 
 def scale(log_weights: LogWeights) -> tuple[Float[Array, " N"], Float[Array, ""]]:
@@ -116,32 +116,42 @@ class Counts(NamedTuple):
     part: UInt32[Array, " N"]
 
 
-def cumulative_counts(key: Key, log_weights: LogWeights, n: int) -> Counts:
-    """Running sums of the expected offspring `n * weights`, good at ten million float32 particles.
-
-    A float32 sum of 1e7 has a spacing of 1, so the sums are integers in units of `2**-bits`, as
-    many as fit beside `n`. Every weight is rounded up or down at random, so that small ones keep
-    their mean.
+def cumulative_counts(log_weights: LogWeights, n: int) -> Counts:
+    """Running sums of the expected offspring `n * weights`, exact for ten million particles.
 
     Args:
-        key: consumed, for the rounding.
         log_weights: `(N,)`, at least one of them above `-inf`.
-        n: the total, below `2**24`.
+        n: the total.
     Returns:
         counts: `(N,)`, nondecreasing; from the last living particle on exactly `(n, 0)`; equal to
         the one before where a particle is dead.
     """
-    bits = 30 - n.bit_length()
-    total = n << bits
-    scaled = jnp.exp(log_weights - jnp.max(log_weights))
-    # a little low, so that what the float32 sum got wrong is always left to be added
-    scale = total * (1 - 2.0**-20) / jnp.sum(scaled)
-    # a low-discrepancy sequence, each term uniform: the errors of neighbours cancel
-    steps = jnp.arange(scaled.size, dtype=jnp.uint32) * jnp.uint32(2654435769)
-    dither = ((jax.random.bits(key, (), jnp.uint32) + steps) >> 8).astype(jnp.int32)
-    rounded = scaled * scale + dither.astype(scaled.dtype) * 2.0**-24
-    units = prefix_sum(jnp.where(scaled > 0, rounded, 0).astype(jnp.int32))
-    missing = (total - units[-1]).astype(scaled.dtype) / units[-1].astype(scaled.dtype)
-    units = units + (units.astype(scaled.dtype) * missing).astype(jnp.int32)
-    units = jnp.where(units == units[-1], total, jnp.clip(units, 0, total))
-    return Counts(units >> bits, units.astype(jnp.uint32) << (32 - bits))
+    return scaled_prefix_sum(jnp.exp(log_weights - jnp.max(log_weights)), n)
+
+
+def scaled_prefix_sum(values: Float[Array, " N"], total: int | Int32[Array, ""]) -> Counts:
+    """Running sums of nonnegative numbers, scaled so that the last one is exactly `total`.
+
+    A float32 sum of 1e7 has a spacing of 1, so whole and fractional parts are added as integers.
+    """
+    # a little low, so that what the float sum got wrong is always left to be added
+    expected = values * (total * (1 - 2.0**-20) / jnp.sum(values))
+    floor = expected.astype(jnp.int32)
+    part = _as_part(expected - floor.astype(expected.dtype))
+    running = prefix_sum(part)  # wraps around; a carry is where it fell
+    whole = prefix_sum(floor + (running < part).astype(jnp.int32))
+    last_whole, last_part = whole[-1], running[-1]
+    missing = (total - last_whole).astype(jnp.float32) - last_part.astype(jnp.float32) * 2.0**-32
+    correction = whole.astype(jnp.float32) * (missing / jnp.maximum(total, 1))
+    carried = jnp.floor(correction)
+    corrected = running + _as_part(correction - carried)
+    whole_corrected = whole + carried.astype(jnp.int32) + (corrected < running).astype(jnp.int32)
+    ended = (whole == last_whole) & (running == last_part) | (whole_corrected >= total)
+    return Counts(
+        jnp.where(ended, total, whole_corrected), jnp.where(ended, jnp.uint32(0), corrected)
+    )
+
+
+def _as_part(fraction: Float[Array, " N"]) -> UInt32[Array, " N"]:
+    """A number in `[0, 1)` in units of `2**-32`, the last bit zero."""
+    return (fraction * 2.0**31).astype(jnp.int32).astype(jnp.uint32) << 1
