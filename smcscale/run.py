@@ -123,7 +123,7 @@ class SMC:
         self._population = drive.population
         self._call = (key, args, kwargs)
 
-    def estimatememory(
+    def estimate_memory(
         self, *args: Any, num_steps: int | None = None, **kwargs: Any
     ) -> dict[str, int]:
         """Bytes that `run` with these arguments would need, by part, without running it.

@@ -1,0 +1,187 @@
+"""Bugs planted on purpose, and the tests that must catch each.
+
+`make mutants` applies every patch to a copy of the project, runs the named tests on it and reports
+survivors; `make test` does one for each room. A new kernel adds one line here.
+
+    python tests/support/mutations.py [--one-per-room] [NAME ...]
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Mutation(NamedTuple):
+    """A bug: in `file`, `old` becomes `new`; `tests` (pytest arguments) must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+_EVIDENCE = "tests/engine/test_evidence.py -k"
+
+MUTATIONS = [
+    Mutation(
+        "weights dropped when a step does not resample",
+        "smcscale/engine/step.py",
+        "lw = resampled.log_weights + mutated.log_weights",
+        "lw = 0 * resampled.log_weights + mutated.log_weights",
+        f"{_EVIDENCE} 'walk-systematic-ess-none'",
+    ),
+    Mutation(
+        "quotient of weights and resampling law dropped",
+        "smcscale/engine/step.py",
+        "    if keeps_quotient:\n",
+        "    if False:\n",
+        f"{_EVIDENCE} 'walk-systematic-always-floor'",
+    ),
+    Mutation(
+        "evidence without the 1/N",
+        "smcscale/engine/step.py",
+        "jnp.log(total / num_particles)",
+        "jnp.log(total)",
+        f"{_EVIDENCE} 'walk-systematic-ess-none'",
+    ),
+    Mutation(
+        "resampling threshold over all runs together",
+        "smcscale/engine/step.py",
+        "return jax.vmap(scheme.trigger, in_axes=(0, None))(grouped, time)",
+        "return jnp.broadcast_to(scheme.trigger(grouped.reshape(-1), time), islands)",
+        "tests/engine/test_laws.py -k how_many_runs",
+    ),
+    Mutation(
+        "unweighted averages of weighted particles",
+        "smcscale/engine/step.py",
+        'jnp.einsum("rkn...,rn->kr...", powers, scaled) / norm',
+        "jnp.moveaxis(jnp.mean(powers, axis=2), 1, 0)",
+        f"{_EVIDENCE} 'walk-systematic-ess-none'",
+    ),
+    Mutation(
+        "a dead run counted as alive",
+        "smcscale/engine/step.py",
+        "increment = jnp.where(dead, -jnp.inf, largest",
+        "increment = jnp.where(dead, 0.0, largest",
+        "tests/program/test_bad_input.py -k dead",
+    ),
+    Mutation(
+        "states not moved to their ancestors",
+        "smcscale/engine/gather.py",
+        'moved = jnp.take(rows, flat, axis=0, mode="clip")',
+        "moved = rows",
+        f"{_EVIDENCE} 'walk-systematic-always-none'",
+    ),
+    Mutation(
+        "paths traced without ancestors",
+        "smcscale/engine/store.py",
+        "return jnp.take_along_axis(parents, index, axis=1), values",
+        "return index, values",
+        f"{_EVIDENCE} 'walk-systematic-always-none'",
+    ),
+    Mutation(
+        "one key for all steps",
+        "smcscale/keys.py",
+        "return jax.random.fold_in(jax.random.fold_in(run_key, _MOVE), time)",
+        "return jax.random.fold_in(run_key, _MOVE)",
+        f"{_EVIDENCE} 'walk-systematic-never-none-bootstrap'",
+    ),
+    Mutation(
+        "all runs share their randomness",
+        "smcscale/keys.py",
+        "jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(num_runs))",
+        "jax.vmap(lambda r: jax.random.fold_in(key, 0 * r))(jnp.arange(num_runs))",
+        "tests/program/test_families.py",
+    ),
+    Mutation(
+        "a guided initial state without its ratio",
+        "smcscale/program/lower.py",
+        'increment += _total({n: sites[n] for n in given}, "latent") + _total(sites, "observed")',
+        'increment = _total(sites, "observed")',
+        f"{_EVIDENCE} 'guided and always'",
+    ),
+    Mutation(
+        "a guided step without the prior's density",
+        "smcscale/program/lower.py",
+        'return Weighted(state, _total(seen.sites, "latent") - log_q)',
+        "return Weighted(state, -log_q)",
+        f"{_EVIDENCE} 'guided and always'",
+    ),
+    Mutation(
+        "all particles share their noise",
+        "smcscale/noise.py",
+        'params = dict(eqn.params, shape=(num_particles, *eqn.params["shape"]))',
+        'params = dict(eqn.params, shape=(1, *eqn.params["shape"]))',
+        "tests/program/test_families.py",
+    ),
+    Mutation(
+        "one vote for each run",
+        "smcscale/result.py",
+        "return np.asarray(result.log_evidence, np.float64)\n\n\ndef _comparable",
+        "return np.zeros(result.num_runs)\n\n\ndef _comparable",
+        "tests/results",
+    ),
+]
+
+
+def survives(mutation: Mutation) -> bool:
+    """Whether the named tests pass with the bug in place."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        package = copy / "site" / "smcscale"
+        shutil.copytree(ROOT / "smcscale", package)
+        shutil.copytree(ROOT / "kernels", package / "kernels")
+        shutil.copytree(ROOT / "models", package / "models")
+        shutil.copytree(ROOT / "tests", copy / "tests")
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        top, _, rest = mutation.file.partition("/")
+        target = package / (rest if top == "smcscale" else mutation.file)
+        text = target.read_text()
+        if text.count(mutation.old) != 1:
+            raise SystemExit(f"mutant '{mutation.name}' does not apply once to {mutation.file}")
+        target.write_text(text.replace(mutation.old, mutation.new))
+        environment = dict(os.environ, PYTHONPATH=str(copy / "site"))
+        command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {mutation.tests}"
+        done = subprocess.run(
+            command, shell=True, cwd=copy, env=environment, capture_output=True, text=True
+        )
+        if done.returncode not in (0, 1):
+            raise SystemExit(f"mutant '{mutation.name}': no test ran\n{done.stdout[-2000:]}")
+        return done.returncode == 0
+
+
+def main() -> None:
+    """Run the mutants that are asked for and say which survive."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="parts of mutants' names; all by default")
+    parser.add_argument("--one-per-room", action="store_true", help="the first of each folder")
+    options = parser.parse_args()
+    chosen, rooms = [], set()
+    for mutation in MUTATIONS:
+        room = str(Path(mutation.file).parent)
+        if options.one_per_room and room in rooms:
+            continue
+        if options.names and not any(n in mutation.name for n in options.names):
+            continue
+        rooms.add(room)
+        chosen.append(mutation)
+    alive = []
+    for mutation in chosen:
+        found = survives(mutation)
+        print(f"{'SURVIVES' if found else 'caught  '}  {mutation.name}", flush=True)
+        alive += [mutation.name] * found
+    print(f"{len(chosen) - len(alive)} of {len(chosen)} mutants caught")
+    if alive:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
