@@ -1,0 +1,113 @@
+# One command each; CI runs the same ones. PYTHON= takes any interpreter: its environment is .venv
+# for the default one, else .venv-3.13 and so on.
+PYTHON ?= python3
+ifeq ($(origin PYTHON),file)
+  VENV ?= .venv
+else
+  VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+STAMPS := $(VENV)/.stamps
+PYTEST := $(PY) -m pytest --quiet
+PLAIN := not slow and not grid
+# what `make test` runs, in this order, each timed
+STEPS := lint types test-all float64 devices mutants-quick wheel
+TIMES := $(STAMPS)/times
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast test-all test-slow test-grid float64 devices lint format \
+  types mutants mutants-quick fuzz notebooks bench wheel clean
+
+help:  ## print these targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
+
+# ---- environments: rebuilt only when pyproject.toml or constraints.txt changes
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "smcscale needs Python 3.11 or newer; say which: make PYTHON=/path/to/python3")'
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/demo: $(STAMPS)/venv pyproject.toml constraints.txt
+	$(PIP) --editable '.[demo]'
+	@touch $@
+
+# the comparison with torch and transformers needs the CPU wheel of torch, which is for Python 3.11
+$(STAMPS)/dev: $(STAMPS)/venv pyproject.toml constraints.txt
+	$(PIP) --editable ".[$$($(PY) -c 'import sys; print("dev,parity" if sys.version_info[:2] == (3, 11) else "dev")')]"
+	@touch $@ $(STAMPS)/demo
+
+install: $(STAMPS)/dev  ## everything a developer needs, into .venv
+
+demo: $(STAMPS)/demo  ## install .[demo], filter a real series, solve word problems
+	$(PY) -m smcscale demo
+
+# ---- tests
+
+test: $(STAMPS)/dev  ## all checks that CI runs, with times
+	@: > $(TIMES)
+	@set -e; all=$$(date +%s); for step in $(STEPS); do \
+	  echo "==== $$step"; start=$$(date +%s); \
+	  $(MAKE) --no-print-directory $$step PYTHON='$(PYTHON)' VENV='$(VENV)'; \
+	  printf '%-15s %5d s\n' $$step $$(( $$(date +%s) - start )) >> $(TIMES); \
+	done; printf '%-15s %5d s\n' total $$(( $$(date +%s) - all )) >> $(TIMES)
+	@echo "==== times"; cat $(TIMES)
+
+test-all: $(STAMPS)/dev  ## plain and statistical tests, doctests, README blocks, notebooks
+	SMCSCALE_CHECK_TYPES=1 $(PYTEST) -n 2 --durations 15 -m "$(PLAIN)"
+
+test-fast: $(STAMPS)/dev  ## exact tests only, no notebooks
+	$(PYTEST) -n 2 -m "$(PLAIN) and not statistical and not compile" --ignore tests/test_notebooks.py
+
+test-slow: $(STAMPS)/dev  ## tests that take minutes
+	$(PYTEST) -n 2 -m slow
+
+test-grid: $(STAMPS)/dev  ## every scheme x trigger x tilt x program; writes benchmarks/results/grid.json
+	$(PYTEST) -n 2 -m grid
+
+float64: $(STAMPS)/dev  ## the exact tests again in float64
+	JAX_ENABLE_X64=1 $(PYTEST) -n 2 -m "$(PLAIN) and not statistical and not compile" \
+	  tests/kernels tests/engine tests/program tests/models/statespace
+
+devices: $(STAMPS)/dev  ## the laws of the engine again, and tests of several devices, on 8 host devices
+	XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8" $(PYTEST) -n 2 \
+	  -m "multidevice or ($(PLAIN) and not statistical and not compile)" tests/engine
+
+fuzz: $(STAMPS)/dev  ## property tests with many more examples
+	$(PYTEST) -n 2 -m hypothesis --hypothesis-profile=fuzz
+
+mutants: $(STAMPS)/dev  ## plant every listed bug, one at a time, and report those no test catches
+	$(PY) tests/support/mutations.py
+
+mutants-quick: $(STAMPS)/dev
+	$(PY) tests/support/mutations.py --one-per-room
+
+notebooks: $(STAMPS)/dev  ## run the notebooks top to bottom
+	$(PYTEST) -n 2 tests/test_notebooks.py
+
+# ---- code
+
+lint: $(STAMPS)/dev  ## ruff: lint and format check
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(STAMPS)/dev  ## ruff: format and sort imports
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(STAMPS)/dev  ## pyright
+	@mkdir -p .typings/smcscale
+	@ln -sfn ../../kernels .typings/smcscale/kernels && ln -sfn ../../models .typings/smcscale/models
+	$(BIN)/pyright --pythonpath $(PY)
+
+bench: $(STAMPS)/dev  ## benchmarks/*.py, then the README's tables; peers get environments of their own
+	$(PY) benchmarks/filter.py --install-peers
+	$(PY) benchmarks/report.py
+
+wheel: $(STAMPS)/dev  ## build a wheel, install it into an empty folder, run a filter from it
+	$(PYTEST) tests/test_packaging.py -m slow
+
+clean:  ## remove environments and caches made here
+	rm -rf .venv .venv-* .typings .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
