@@ -92,11 +92,15 @@ def lower(
         assert guide is not None
         return scan.before(guide, args, kwargs, key, given)
 
+    def opening(key: Any) -> scan.Visited:
+        """The program up to its loop, latents drawn by the guide where it has them."""
+        return head(key, {} if guide is None else _latents(guide_head(key, {})))
+
     dummy = jax.random.key(0)
-    visited = head(dummy, {})
+    visited = opening(dummy)
     loop = visited.loop
-    latents = [n for n, s in visited.sites.items() if s.kind == "latent"]
-    _refuse_random_rows(lambda key: head(key, {}).loop.xs, function)
+    latents = list(_latents(visited))
+    _refuse_random_rows(lambda key: opening(key).loop.xs, function)
     guide_rows = None
     if guide is not None:
         guide_loop = guide_head(dummy, {}).loop
@@ -137,19 +141,28 @@ def lower(
     # ---- the carry's type and the sites of a row, from abstract evaluation
     kinds: dict[str, str] = {}
 
-    def probe(key: Any, carry: Any) -> tuple:
-        start = head(key, {})
-        before = {n: start.sites[n].value for n in latents}
-        carry = start.loop.init if carry is None else carry
-        seen = body(key, ProgramState(before, carry, None, {}), first, {})
-        kinds.update({n: s.kind for n, s in seen.sites.items()})
-        return start.loop.init, seen.carry, _kept(seen.sites)
+    def first_row(key: Any) -> tuple[scan.Visited, scan.Visited]:
+        start = opening(key)
+        previous = ProgramState(_latents(start), start.loop.init, None, {})
+        given: dict = {}
+        if guide is not None:
+            proposed = guide_head(key, {}).loop.init
+            given = _latents(
+                guide_body(key, ProgramState(previous.before, None, proposed, {}), first)
+            )
+        return start, body(key, previous, first, given)
 
-    init_type, carry_type, sites_type = jax.eval_shape(lambda k: probe(k, None), dummy)
-    carry_type = _carry_type(init_type, carry_type)
+    def probe(key: Any) -> tuple:
+        start, seen = first_row(key)
+        kinds.update({n: s.kind for n, s in seen.sites.items()})
+        return start.loop.init, seen.carry, seen.output, _latents(start), _kept(seen.sites)
+
+    found = jax.eval_shape(probe, dummy)
+    init_type, carry_type, output_type, before_type, sites_type = found
     row_latents = [n for n, kind in kinds.items() if kind == "latent"]
     if guide is not None:
-        _align(guide_head, guide_body, latents, row_latents, carry_type, first, dummy)
+        _align(guide_head, guide_body, opening, first_row, latents, row_latents, first, dummy)
+    carry_type = _carry_type(init_type, carry_type)
 
     def as_carry(carry: Any) -> Any:
         return jax.tree.map(lambda v, t: jnp.asarray(v).astype(t.dtype), carry, carry_type)
@@ -158,7 +171,10 @@ def lower(
         return jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), sites_type)
 
     # ---- after the loop
-    tail = _tail(function, args, kwargs, latents, head, body, first, carry_type, num_steps)
+    outputs_type = jax.tree.map(
+        lambda t: jax.ShapeDtypeStruct((num_steps, *t.shape), t.dtype), output_type
+    )
+    tail = _tail(function, args, kwargs, before_type, carry_type, outputs_type, set(kinds))
 
     def initial(key: Any) -> Weighted:
         increment = jnp.zeros(())
@@ -167,9 +183,8 @@ def lower(
         if guide is not None:
             proposed = guide_head(jax.random.fold_in(key, 0), {})  # site keys count from 1
             guide_carry = _arrays(proposed.loop.init)
-            drawn = {n: s for n, s in proposed.sites.items() if s.kind == "latent"}
-            given = {n: s.value for n, s in drawn.items()}
-            increment -= _total(drawn, "latent")
+            given = _latents(proposed)
+            increment -= _total(proposed.sites, "latent")
         start = head(key, given)
         sites = start.sites
         increment += _total({n: sites[n] for n in given}, "latent") + _total(sites, "observed")
@@ -185,7 +200,7 @@ def lower(
         if guide is not None:
             proposed = guide_body(key, previous, at)
             guide_carry = _arrays(proposed.carry)
-            drawn = {n: s.value for n, s in proposed.sites.items() if s.kind == "latent"}
+            drawn = _latents(proposed)
             log_q = _total(proposed.sites, "latent")
         else:
             drawn = proposal.sample(key, previous.carry, at.row)
@@ -197,21 +212,20 @@ def lower(
 
     def missing() -> dict:
         def look(at: Row) -> dict:
-            start = head(dummy, {})
-            before = {n: start.sites[n].value for n in latents}
+            start = opening(dummy)
             carry = as_carry(start.loop.init)
-            seen = scan.row(function, args, kwargs, dummy, before, carry, at, {})
+            seen = scan.row(function, args, kwargs, dummy, _latents(start), carry, at, drawn_row)
             found = {}
             for name, site in seen.sites.items():
-                if site.kind == "observed" and jnp.issubdtype(
-                    jnp.result_type(site.value), jnp.inexact
-                ):
-                    absent = jnp.isnan(site.value)
-                    events = tuple(range(-site.fn.event_dim, 0))
+                dtype = getattr(site.value, "dtype", jnp.int32)
+                if site.kind == "observed" and jnp.issubdtype(dtype, jnp.inexact):
+                    absent = jnp.isnan(site.value) & scan.scored_elements(site.fn)
+                    events = tuple(range(-scan.joint_dims(site.fn), 0))
                     part = jnp.any(absent, axis=events) & ~jnp.all(absent, axis=events)
                     found[name] = (jnp.any(absent), jnp.any(part))
             return found
 
+        drawn_row = _latents(first_row(dummy)[1])
         return jax.lax.map(look, inputs)
 
     def forecast(key: Any, state: ProgramState, at: Row) -> tuple[ProgramState, dict]:
@@ -291,24 +305,12 @@ def _tail(
     function: Callable,
     args: tuple,
     kwargs: dict,
-    latents: list[str],
-    head: Callable,
-    body: Callable,
-    first: Row,
+    before_type: dict,
     carry_type: Any,
-    num_steps: int,
+    outputs_type: Any,
+    taken: set[str],
 ) -> _Tail | None:
     """The sites after the loop, which may read the final carry but not the stacked outputs."""
-
-    def stacked(key: Any) -> Any:
-        start = head(key, {})
-        before = {n: start.sites[n].value for n in latents}
-        output = body(key, ProgramState(before, start.loop.init, None, {}), first, {}).output
-        return jax.tree.map(
-            lambda v: jnp.zeros((num_steps, *jnp.shape(v)), jnp.result_type(v)), output
-        )
-
-    outputs_type = jax.eval_shape(stacked, jax.random.key(0))
 
     def run(before: dict, carry: Any, ys: Any) -> dict[str, Site]:
         return scan.after(function, args, kwargs, before, carry, ys)
@@ -320,12 +322,12 @@ def _tail(
         sites = run(before, carry, ys)
         return {n: s.log_prob() if s.log_prob else s.value for n, s in sites.items()}
 
-    before_type = jax.eval_shape(
-        lambda k: {n: head(k, {}).sites[n].value for n in latents}, jax.random.key(0)
-    )
     found = jax.eval_shape(lambda b, c: values(b, c, zeros(outputs_type)), before_type, carry_type)
     if not found:
         return None
+    for name in found:
+        if name in taken:
+            raise ValueError(scan.two_sites(name))
     read = depends(lambda ys: values(zeros(before_type), zeros(carry_type), ys), outputs_type)
     if read:
         raise NotImplementedError(
@@ -362,23 +364,24 @@ def _refuse_random_rows(rows: Callable, function: Callable) -> None:
 def _align(
     guide_head: Callable,
     guide_body: Callable,
+    opening: Callable,
+    first_row: Callable,
     latents: list[str],
     row_latents: list[str],
-    carry_type: Any,
     first: Row,
     key: Any,
 ) -> None:
-    """The guide must have the program's latent sites; names are read off an abstract run."""
+    """The guide must have the program's latent sites, in their shapes, by an abstract run."""
     names: dict[str, list[str]] = {}
 
-    def probe(key: Any) -> None:
+    def names_of(key: Any) -> None:
         start = guide_head(key, {})
-        names["before"] = [n for n, s in start.sites.items() if s.kind == "latent"]
-        before = {n: start.sites[n].value for n in names["before"]}
+        names["before"] = list(_latents(start))
+        before = _latents(opening(key))
         seen = guide_body(key, ProgramState(before, None, start.loop.init, {}), first)
-        names["row"] = [n for n, s in seen.sites.items() if s.kind == "latent"]
+        names["row"] = list(_latents(seen))
 
-    jax.eval_shape(probe, key)
+    jax.eval_shape(names_of, key)
     extra = [n for n in names["before"] if n not in latents]
     if extra:
         raise ValueError(
@@ -386,6 +389,18 @@ def _align(
             f"not (it has {_quoted(latents) or 'none'}).\n  try: the same site names in both."
         )
     _same_sites("the guide", names["row"], row_latents)
+
+    def check_shapes(key: Any) -> None:
+        for visited in first_row(key):
+            for name, site in visited.sites.items():
+                shape = getattr(site.value, "shape", None)
+                if site.kind == "latent" and shape != site.shape:
+                    raise ValueError(
+                        f'smcscale: the guide draws site "{name}" in shape {shape}; the program has '
+                        f"it in shape {site.shape}.\n  try: the same shapes in both."
+                    )
+
+    jax.eval_shape(check_shapes, key)
 
 
 def _same_sites(who: str, found: Any, wanted: list[str]) -> None:
@@ -411,6 +426,11 @@ def _total(sites: dict[str, Site], kind: str) -> Array:
         if site.kind == kind and site.log_prob is not None:
             total += site.log_prob()
     return total
+
+
+def _latents(visited: scan.Visited) -> dict[str, Any]:
+    """Values of the latent sites of a visit."""
+    return {n: s.value for n, s in visited.sites.items() if s.kind == "latent"}
 
 
 def _kept(sites: dict[str, Site]) -> dict:
@@ -440,4 +460,19 @@ def _carry_type(init: Any, out: Any) -> Any:
                 f"before the loop and {leaf.shape} after a row.\n"
                 "  try: an initial carry of the final shape."
             )
+        if not _holds(leaf.dtype, given.dtype):
+            raise TypeError(
+                f"smcscale: the loop's carry{jax.tree_util.keystr(path)} is {given.dtype} before the "
+                f"loop and {leaf.dtype} after a row.\n  try: an initial carry of the final dtype."
+            )
     return out
+
+
+def _holds(dtype: Any, other: Any) -> bool:
+    """Whether values of dtype `other` keep their meaning as `dtype`: floats not as integers."""
+    order = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+
+    def rank(d: Any) -> int:
+        return next((i for i, kind in enumerate(order) if jnp.issubdtype(d, kind)), -1)
+
+    return rank(other) <= rank(dtype) if min(rank(dtype), rank(other)) >= 0 else dtype == other

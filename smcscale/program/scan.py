@@ -34,12 +34,14 @@ class Site(NamedTuple):
         value: the site's value.
         log_prob: `() -> ()`, its log density, evaluated on demand.
         fn: its distribution, None for a deterministic site.
+        shape: the shape that its distribution gives a value.
     """
 
     kind: str
     value: Any
     log_prob: Callable[[], jax.Array] | None
     fn: Any
+    shape: tuple[int, ...] = ()
 
 
 class Loop(NamedTuple):
@@ -154,6 +156,7 @@ class Visit(Messenger):
         self.outputs = outputs
         self.stop = stop
         self.sites: dict[str, Site] = {}
+        self.names: set[str] = set()
         self.costs: dict = {}
         self.loop: Loop | None = None
         self.inside = False
@@ -175,7 +178,10 @@ class Visit(Messenger):
                     "the weights random.\n  try: a plate without subsample_size."
                 )
         elif kind == "prng_key" and msg["kwargs"].get("rng_key") is None:
-            msg["kwargs"]["rng_key"] = self._next_key()
+            raise NotImplementedError(
+                "smcscale: the program calls numpyro.prng_key(), so its sites are not all of its "
+                "randomness and it has no density.\n  try: numpyro.sample."
+            )
         elif kind == "spend" and (self.inside or self.loop is None):
             self.costs = ledger.add(self.costs, msg["value"])
 
@@ -186,18 +192,21 @@ class Visit(Messenger):
         elif kind == "sample":
             latent = msg.get("_latent", False)
             fn, value, scale = msg["fn"], msg["value"], msg["scale"]
+            if "_with_nan" in msg:
+                msg["value"] = msg["_with_nan"]  # the program itself never computes with a filler
 
             def log_prob() -> jax.Array:
                 total = jnp.sum(fn.log_prob(value))
                 return total if scale is None else total * scale
 
-            self._record(msg["name"], Site("latent" if latent else "observed", value, log_prob, fn))
+            kind = "latent" if latent else "observed"
+            shape = (*msg["kwargs"].get("sample_shape", ()), *fn.shape())
+            self._record(msg["name"], Site(kind, value, log_prob, fn, shape))
 
     def _record(self, name: str, site: Site) -> None:
-        if name in self.sites:
-            raise ValueError(
-                f'smcscale: two sites are named "{name}".\n  try: a name for each, or `scope`.'
-            )
+        if name in self.names:
+            raise ValueError(two_sites(name))
+        self.names.add(name)
         self.sites[name] = site
 
     def _next_key(self) -> Any:
@@ -272,11 +281,9 @@ class Visit(Messenger):
                 f"smcscale: scan(history={msg['kwargs']['history']}) is not supported.\n"
                 "  try: history=1, with older states in the carry."
             )
-        if length is None:
-            length = jnp.shape(jax.tree.leaves(xs)[0])[0]
-        self.loop = Loop(body, init, xs, length)
+        self.loop = Loop(body, init, xs, _num_rows(xs, length))
         if not self.stop:
-            msg["value"] = ((length, None, self.carry), (PytreeTrace({}), self.outputs))
+            msg["value"] = ((self.loop.length, None, self.carry), (PytreeTrace({}), self.outputs))
             self.sites = {}
             return
         if self.at is None:
@@ -284,7 +291,13 @@ class Visit(Messenger):
             raise _LoopReached
         self.sites, self.costs, self.inside = {}, {}, True
         with _Guard(self):
-            carry, output = body(self.carry, self.at.row)
+            out = body(self.carry, self.at.row)
+        if not isinstance(out, tuple | list) or len(out) != 2:
+            raise TypeError(
+                f"smcscale: the loop's body must return (carry, output), got {type(out).__name__}.\n"
+                "  try: return carry, None."
+            )
+        carry, output = out
         self.visited = Visited(self.sites, self.loop, carry, output, self.costs)
         raise _LoopReached
 
@@ -319,17 +332,46 @@ def _run(visit: Visit, function: Callable, args: tuple, kwargs: dict) -> Visited
     raise ValueError(_no_loop(function, visit.sites))
 
 
+def _num_rows(xs: Any, length: Any) -> int:
+    """T of a loop, checked before anything is traced over it."""
+    found = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else None for leaf in jax.tree.leaves(xs)}
+    if None in found:
+        raise ValueError(
+            "smcscale: the program scans over a number, which has no rows.\n"
+            "  try: arrays (T, ...); constants from the closure."
+        )
+    if length is not None:
+        found.add(int(length))
+    if len(found) > 1:
+        raise ValueError(
+            f"smcscale: the program scans over leaves with different numbers of rows or another "
+            f"length: {sorted(found)}.\n  try: leaves (T, ...), length=None."
+        )
+    if not found or not min(found):
+        raise ValueError(
+            "smcscale: the program scans over no rows and no length.\n"
+            "  try: rows (T, ...) with T at least 1, or scan(..., None, length=T)."
+        )
+    return found.pop()
+
+
 def _at_row(msg: Any, time: Any, length: int) -> Any:
     """The row of a value fixed for the whole path; a value of one row serves all rows."""
-    value = msg["value"]
-    ndim = len(msg["kwargs"].get("sample_shape", ())) + len(msg["fn"].shape())
-    if jnp.ndim(value) == ndim:
+    value, fn, sample_shape = msg["value"], msg["fn"], msg["kwargs"].get("sample_shape", ())
+    if isinstance(value, jax.Array) or jnp.isscalar(value) or hasattr(value, "__array__"):
+        like: Any = jax.ShapeDtypeStruct((*sample_shape, *fn.shape()), jnp.result_type(value))
+    else:
+        like = jax.eval_shape(lambda: fn(rng_key=jax.random.key(0), sample_shape=sample_shape))
+    found = [jnp.shape(leaf) for leaf in jax.tree.leaves(value)]
+    wanted = [leaf.shape for leaf in jax.tree.leaves(like)]
+    if [len(s) for s in found] == [len(s) for s in wanted]:
         return value
-    if jnp.ndim(value) == ndim + 1 and jnp.shape(value)[0] == length:
-        return jnp.asarray(value)[time]
+    if [s[:1] for s in found] == [(length,)] * len(wanted):
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[time], value)
     raise ValueError(
-        f'smcscale: the value fixed for site "{msg["name"]}" has shape {jnp.shape(value)}; the loop '
-        f"has {length} rows of shape {msg['fn'].shape()}.\n"
+        f'smcscale: the value fixed for site "{msg["name"]}" has shape '
+        f"{', '.join(map(str, found))}; the loop has {length} rows of shape "
+        f"{', '.join(map(str, wanted))}.\n"
         f"  try: one value for each row, ({length}, ...)."
     )
 
@@ -339,14 +381,39 @@ def _is_auxiliary(msg: Any) -> bool:
 
 
 def _mask_missing(msg: Any) -> None:
-    """NaN elements of an observation count as missing: masked, and replaced by a number."""
-    value = jnp.asarray(msg["value"])
-    if not jnp.issubdtype(value.dtype, jnp.inexact):
+    """NaN elements of an observation count as missing: masked, and scored as a number."""
+    value = msg["value"]
+    if not jnp.issubdtype(getattr(value, "dtype", jnp.int32), jnp.inexact):
         return
     present = ~jnp.isnan(value)
+    msg["_with_nan"] = value
     msg["value"] = jnp.where(present, value, 0.0)
-    events = tuple(range(-msg["fn"].event_dim, 0))
-    msg["fn"] = msg["fn"].mask(jnp.all(present, axis=events))
+    msg["fn"] = _masked(msg["fn"], present)
+
+
+def _masked(fn: Any, present: Any) -> Any:
+    if isinstance(fn, dist.Independent):
+        return dist.Independent(_masked(fn.base_dist, present), fn.reinterpreted_batch_ndims)
+    return fn.mask(jnp.all(present, axis=tuple(range(-fn.event_dim, 0))))
+
+
+def scored_elements(fn: Any) -> Any:
+    """Which elements of a value a density looks at, by its masks; broadcasts to the value."""
+    if isinstance(fn, dist.MaskedDistribution):
+        mask = jnp.asarray(fn._mask)
+        return mask.reshape(*mask.shape, *(1,) * fn.event_dim) & scored_elements(fn.base_dist)
+    if isinstance(fn, dist.Independent | dist.ExpandedDistribution):
+        return scored_elements(fn.base_dist)
+    return jnp.asarray(True)
+
+
+def joint_dims(fn: Any) -> int:
+    """Trailing dimensions of a value that a density takes as one event, independent ones apart."""
+    return joint_dims(fn.base_dist) if isinstance(fn, dist.Independent) else fn.event_dim
+
+
+def two_sites(name: str) -> str:
+    return f'smcscale: two sites are named "{name}".\n  try: a name for each, or `scope`.'
 
 
 @contextmanager
