@@ -8,7 +8,7 @@ prints what it does as it goes and writes two pictures: `volatility.png`, `accur
 import math
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -65,7 +65,10 @@ def demo(folder: str | Path = "demo") -> None:
     reasoning(folder / "accuracy.png")
     print(f"\ndone in {time.perf_counter() - started:.0f} s. Pictures:")
     for name, shows in (
-        ("volatility.png", "volatility of the S&P 500 with its 90% band, and the ESS over time"),
+        (
+            "volatility.png",
+            "volatility of the S&P 500 with its 90% band; the crisis of 2008 and its ESS",
+        ),
         ("accuracy.png", "share of word problems solved against tokens written, with intervals"),
     ):
         print(f"  {folder / name}: {shows}")
@@ -75,36 +78,47 @@ def volatility(picture: Path) -> SMC:
     """Filter the S&P 500 under stochastic volatility and draw the band."""
     import matplotlib.pyplot as plt
 
-    series = sp500_returns()
+    whole = sp500_returns()
+    recent = whole.times >= np.datetime64("2007-01-01")
+    returns, dates = whole.values[recent], whole.times[recent]
     phi, sigma = 0.98, 0.2
-    mu = volatility_mean(series.values, phi, sigma)
-    first, last = series.times[0], series.times[-1]
-    print(f"1. S&P 500, {len(series.values)} daily returns, {first} to {last} (from arch),")
+    mu = volatility_mean(returns, phi, sigma)
+    print(f"1. S&P 500, {len(returns)} daily returns, {dates[0]} to {dates[-1]} (from arch),")
     print(f"   under stochastic volatility with mu {mu:.2f}, phi {phi}, sigma {sigma}:")
-    print("   4 runs of 1000 particles, systematic resampling below half the ESS")
+    print("   4 runs of 2000 particles, systematic resampling below half the ESS")
     smc = SMC(
         ParticleFilter(stochastic_volatility, resampling=_KERNEL, store="paths"),
-        num_particles=1000,
+        num_particles=2000,
         num_runs=4,
     )
-    smc.run(jax.random.key(0), series.values, mu, phi, sigma)
-    smc.print_summary(times=5)
+    smc.run(jax.random.key(0), returns, mu, phi, sigma)
+    smc.print_summary(times=4)
 
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(10, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
+    def band(ax: Any) -> None:
+        # the state x is the log-variance: exp(x / 2) is the standard deviation of a day
+        plot.filter_bands(
+            smc, "x", np.abs(returns), dates=dates, transform=lambda x: np.exp(x / 2), ax=ax
+        )
+        ax.set_ylabel("percent a day")
+        ax.set_ylim(0, 11.5)
+
+    figure, named = plt.subplot_mosaic(
+        [["all", "all"], ["crisis", "ess"]],
+        figsize=(11, 7),
+        height_ratios=(3, 2),
+        layout="constrained",
     )
-    plot.filter_bands(
-        smc,
-        "x",
-        np.abs(series.values),
-        dates=series.times,
-        transform=lambda x: np.exp(x / 2),
-        ax=top,
-    )
-    top.set_ylabel("percent a day")
-    top.set_ylim(0, 8)
-    top.set_title("Volatility of the S&P 500 and absolute daily returns", fontsize="medium")
-    plot.ess(smc, dates=series.times, ax=bottom)
+    axes: dict[str, Any] = dict(named)
+    band(axes["all"])
+    axes["all"].set_title("Volatility of the S&P 500, and absolute daily returns")
+    band(axes["crisis"])
+    axes["crisis"].set_title("The autumn of 2008", fontsize="medium")
+    axes["crisis"].get_legend().remove()
+    plot.ess(smc, 0, dates=dates, ax=axes["ess"])
+    axes["ess"].set_title("Effective sample size of run 1, same days", fontsize="medium")
+    for name in ("crisis", "ess"):
+        axes[name].set_xlim(np.datetime64("2008-08-15"), np.datetime64("2009-01-15"))
+        axes[name].tick_params(axis="x", labelrotation=20)
     figure.savefig(picture, dpi=130)
     plt.close(figure)
     print(f"   -> {picture}")

@@ -67,8 +67,10 @@ def to_arviz(result: Result) -> Any:
     if any("time" in dims for dims, _ in posterior.values()):
         steps = np.arange(result.num_steps)
         groups = {name: group.assign_coords(time=steps) for name, group in groups.items()}
-    if hasattr(arviz, "InferenceData"):
-        return arviz.InferenceData(**groups)
+    if hasattr(arviz, "InferenceData"):  # before ArviZ 1
+        return arviz.InferenceData(
+            posterior=groups["posterior"], sample_stats=groups["sample_stats"]
+        )
     return xarray.DataTree.from_dict(groups)
 
 

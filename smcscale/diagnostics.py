@@ -133,7 +133,7 @@ def mean_error(result: Result, per_run: ArrayLike) -> np.ndarray:
     share = share.reshape(-1, *(1,) * (values.ndim - 1))
     values = np.where(share > 0, values, 0)
     around = share * (values - np.sum(share * values, 0))
-    return np.sqrt(np.sum(around**2, 0) * len(values) / (len(values) - 1))
+    return np.asarray(np.sqrt(np.sum(around**2, 0) * len(values) / (len(values) - 1)))
 
 
 def _between_runs(log_evidence: np.ndarray) -> EvidenceError:

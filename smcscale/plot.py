@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from smcscale.result import Result, filter, is_real, sites, weighted_quantiles
@@ -85,7 +86,7 @@ def forecast(
         observations: `(T,)` of the past.
         dates: `(T + num_steps,)` for the horizontal axis; step numbers by default.
         past: how many past steps to show.
-        level: probability inside the outer band; the inner one holds half.
+        level: probability inside the outer band; the inner one holds half (of it, below 0.5).
         element: index into a site that is an array.
         transform: increasing function applied to the site before drawing.
         ax: matplotlib axes.
@@ -108,7 +109,7 @@ def forecast(
     if observations is not None:
         _observations(ax, times[shown], np.asarray(observations)[shown])
     ahead = times[steps : steps + draws.shape[1]]
-    for inside, alpha in ((level, 0.2), (level / 2, 0.3)):
+    for inside, alpha in ((level, 0.2), (0.5 if level > 0.5 else level / 2, 0.3)):
         low, high = np.quantile(draws, [(1 - inside) / 2, (1 + inside) / 2], axis=0)
         text = f"forecast, {inside:.0%}"
         ax.fill_between(ahead, low, high, color="C1", alpha=alpha, lw=0, label=text)
@@ -118,21 +119,28 @@ def forecast(
     return _time_axis(ax, dates)
 
 
-def ess(result: Any, *, ax: Any = None, dates: Any = None) -> Any:
+def ess(result: Any, run: int | None = None, *, dates: Any = None, ax: Any = None) -> Any:
     """Effective sample size over time as a share of N, with a mark at every resampling.
 
-    One line for each run; the marks sit on the weights that fired the trigger.
+    Args:
+        result: of a run.
+        run: 0-based; None for a line of each run.
+        dates: `(T,)` for the horizontal axis; step numbers by default.
+        ax: matplotlib axes.
+    Returns:
+        ax: the marks sit on the weights that fired the trigger.
     """
     result, ax = _result(result), _axes(ax)
     times = np.arange(result.num_steps) if dates is None else np.asarray(dates)[: result.num_steps]
     share = np.asarray(result.diagnostics.ess) / np.asarray(result.diagnostics.num_particles)
     resampled = np.asarray(result.diagnostics.resampled)
-    many = result.num_runs > 1
-    for r in range(result.num_runs):
+    shown = range(result.num_runs) if run is None else [run]
+    many = len(shown) > 1
+    for r in shown:
         before = np.flatnonzero(resampled[r, 1:])  # the step whose weights were resampled
         name = (f"run {r + 1}" if many else "ESS / N") if r < 8 else None
         (line,) = ax.plot(times, share[r], lw=1, alpha=0.8, label=name)
-        text = "resampled after this step" if r == 0 else None
+        text = "resampled here" if r == shown[0] else None
         color = line.get_color()
         ax.plot(times[before], share[r, before], "v", ms=3.5, color=color, mec="none", label=text)
     ax.set_ylim(0, 1.02)
@@ -147,7 +155,7 @@ def genealogy(
     *,
     site: str | None = None,
     element: int | tuple[int, ...] = (),
-    num_paths: int = 200,
+    num_paths: int = 60,
     last: int = 60,
     ax: Any = None,
 ) -> Any:
@@ -176,7 +184,7 @@ def genealogy(
     chosen = _by_weight(np.asarray(result.log_weights)[run], num_paths)
     indices = np.zeros((result.num_runs, len(chosen)), np.int32)
     indices[run] = chosen
-    paths = {k: v for k, v in sites(history.trace(indices)).items() if is_real(v)}
+    paths = {k: v for k, v in sites(history.trace(jnp.asarray(indices))).items() if is_real(v)}
     site = next(iter(paths), "") if site is None else site
     if site not in paths:
         raise ValueError(_unknown(site, paths))
@@ -190,7 +198,7 @@ def genealogy(
         label = "all particles" if every.shape == everyone.shape else "particles (some)"
         x = np.repeat(times[shown], every.shape[1])
         ax.plot(x, every.reshape(-1), ".", color=_FAINT, ms=2, zorder=1, label=label)
-    lines = ax.plot(times[shown], traced[:, shown].T, color=_COLOR, lw=0.8, alpha=0.5, zorder=2)
+    lines = ax.plot(times[shown], traced[:, shown].T, color=_COLOR, lw=0.8, alpha=0.6, zorder=2)
     lines[0].set_label("paths of the final particles")
     roots = len(np.unique(traced[:, shown][:, 0]))
     text = f"{len(chosen)} final particles, {roots} distinct values at step {times[shown][0]}"
@@ -198,7 +206,7 @@ def genealogy(
     ax.set_ylabel(site)
     legend = ax.legend(loc="best", fontsize="small")
     for handle in legend.legend_handles:
-        handle.set_alpha(1)
+        handle.set_alpha(1)  # else as faint as its lines
     return _time_axis(ax, None)
 
 
@@ -218,7 +226,8 @@ def _band(
         mean = _pick(np.asarray(means[site]), 1, element)
         if transform is None:
             return mean, low, high, "mean"
-        return *(np.asarray(transform(x)) for x in (middle, low, high)), "median"
+        middle, low, high = (np.asarray(transform(x)) for x in (middle, low, high))
+        return middle, low, high, "median"
     if transform is not None:
         raise ValueError(
             "smcscale: a transformed band needs quantiles, so the particles of every step.\n"
@@ -231,16 +240,16 @@ def _band(
 
 def _draw_band(ax: Any, times: Any, band: tuple, level: float, name: str) -> None:
     middle, low, high, kind = band
-    ax.fill_between(times, low, high, color=_COLOR, alpha=0.3, lw=0, label=f"{name}, {level:.0%}")
-    ax.plot(times, middle, color=_COLOR, lw=1.2, label=f"{name}, {kind}")
+    text = f"{name}, {level:.0%}"
+    ax.fill_between(times, low, high, color=_COLOR, alpha=0.4, lw=0, label=text, zorder=2)
+    width = 1.2 if len(times) <= 1000 else 0.7
+    ax.plot(times, middle, color=_COLOR, lw=width, label=f"{name}, {kind}", zorder=3)
 
 
 def _observations(ax: Any, times: Any, observations: Any) -> None:
     if observations is not None:
-        values = np.asarray(observations)
-        size = 3 if len(values) <= 300 else 1.5
-        label = "observed"
-        ax.plot(times, values, ".", color="0.3", ms=2 * size, alpha=0.7, label=label, zorder=1)
+        size, color = (5, "0.3") if len(times) <= 1000 else (2.5, "0.6")
+        ax.plot(times, observations, ".", color=color, ms=size, label="observed", zorder=1)
 
 
 def _by_weight(log_weights: np.ndarray, count: int) -> np.ndarray:

@@ -21,7 +21,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int32, PyTree, UInt32
 
 from smcscale import keys
@@ -167,7 +166,7 @@ class FilterTable(NamedTuple):
         """Square roots of `variance`."""
         return jax.tree.map(jnp.sqrt, self.variance)
 
-    def quantiles(self, q: ArrayLike, steps: ArrayLike | None = None) -> PyTree:
+    def quantiles(self, q: Any, steps: Any = None) -> PyTree:
         """Weighted quantiles of every step.
 
         Args:

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ _QUANTILES = (0.5, 0.05, 0.95)
 
 
 def print_summary(
-    result: Result, *, times: int | Any = 4, max_rows: int | None = 20, file: TextIO | None = None
+    result: Result, *, times: int | Any = 4, max_rows: int | None = 20, file: Any = None
 ) -> None:
     """Print the summary of a run.
 
@@ -53,9 +53,7 @@ def summary_text(result: Result, *, times: int | Any = 4, max_rows: int | None =
     return "\n".join(lines)
 
 
-def _rows(
-    result: Result, times: int | Any, max_rows: int | None
-) -> list[tuple[str, list[float | None]]]:
+def _rows(result: Result, times: int | Any, max_rows: int | None) -> list[tuple[str, list[Any]]]:
     """Label and cells of each row of the table."""
     weights = np.exp(_finite(pooled_log_weights(result)).reshape(-1))
     weights = weights / weights.sum() if weights.sum() > 0 else np.full_like(weights, np.nan)
@@ -201,7 +199,7 @@ def _amount(name: str, value: float) -> str:
     return f"{value:.2f}" if name == "seconds" else f"{value:,.0f}"
 
 
-def _number(value: float | None) -> str:
+def _number(value: Any) -> str:
     if value is None:
         return ""
     value = float(value)

@@ -59,7 +59,7 @@ def test_forecast(chain_result):
 
 def test_ess_marks_the_weights_that_fired_the_trigger(chain_result):
     run = chain_result(0, 2, 100)
-    ax = plot.ess(run)
+    ax = plot.ess(run, 0)
     assert ax.lines[1].get_xdata().tolist() == [0, 1, 2]
     share = np.asarray(run.diagnostics.ess)[0] / 100
     np.testing.assert_allclose(ax.lines[1].get_ydata(), share[:3], rtol=1e-6)
@@ -68,6 +68,6 @@ def test_ess_marks_the_weights_that_fired_the_trigger(chain_result):
 def test_genealogy(chain_result):
     run = chain_result(0, 2, 100)
     ax = plot.genealogy(run, run=1)
-    assert ax.get_title().startswith("100 final particles")
+    assert ax.get_title().startswith("60 final particles")
     with pytest.raises(ValueError, match='store="last"'):
         plot.genealogy(chain_result(0, 2, 10, store="last"))

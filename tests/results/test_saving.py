@@ -44,7 +44,7 @@ def test_last_store_ancestry_and_users_classes(chain_result, tmp_path):
     old = eqx.tree_at(lambda r: r.history, run, history, is_leaf=lambda x: x is None)
     saving.save(old, tmp_path / "old")
     back = saving.load(tmp_path / "old").history
-    everyone = np.tile(np.arange(6), (2, 1))
+    everyone = jnp.tile(jnp.arange(6), (2, 1))
     np.testing.assert_array_equal(back.trace(everyone)["x"], history.trace(everyone)["x"])
 
 
