@@ -270,7 +270,7 @@ def _volatility(program: Callable[..., None]) -> Callable[[np.ndarray], Setting]
 
 
 def _local_level(values: np.ndarray) -> Setting:
-    """Scales from the first two autocovariances of the differences (Harvey 1989, section 2.4)."""
+    """Scales from the first two autocovariances of the differences (Harvey 1989, chapter 2)."""
     steps = np.diff(values.astype(np.float64))
     steps = steps[np.isfinite(steps)]
     total = float(np.var(steps)) if len(steps) > 1 else 0.0

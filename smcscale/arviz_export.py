@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smcscale.result import Result, is_real, readout_key, sites, systematic_indices
+from smcscale.readout import systematic_indices
+from smcscale.result import Result, is_real, readout_key, sites
 
 
 def to_arviz(result: Result) -> Any:

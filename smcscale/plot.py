@@ -17,7 +17,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from smcscale.result import Result, filter, is_real, sites, weighted_quantiles
+from smcscale.readout import weighted_quantiles
+from smcscale.result import Result, filter, is_real, sites
 
 _COLOR = "C0"
 _FAINT = "0.75"

@@ -2,7 +2,7 @@
 
 `Result` is plain data; everything here is a function of it. Runs are pooled by their evidence:
 particle i of run r has weight `Z_r W_ri`, which removes the O(1/N) bias that one vote per run
-keeps for ever (Chopin & Papaspiliopoulos 2020, section 10.4).
+keeps for ever.
 
 | function | what comes out |
 |---|---|
@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, PyTree, UInt32
 
 from smcscale import keys
+from smcscale.readout import normalized, systematic_indices, weighted_quantiles
 
 #: implementation of a random key by the number of its words
 _KEY_KINDS = {2: "threefry2x32", 4: "rbg"}
@@ -193,9 +194,9 @@ class FilterTable(NamedTuple):
         all_log_weights = np.asarray(history.log_weights, np.float64)
         populations = []  # weights of each step, (R, N) or (1, R*N)
         for t in rows:
-            weights = _normalized(all_log_weights[t], axis=1)
+            weights = normalized(all_log_weights[t], axis=1)
             if not self.per_run:
-                share = _normalized(log_evidence[:, t], axis=0)[:, None]
+                share = normalized(log_evidence[:, t], axis=0)[:, None]
                 weights = np.where(share > 0, share * weights, 0 * share).reshape(1, -1)
             populations.append(weights)
 
@@ -222,32 +223,6 @@ def is_real(leaf: Any) -> bool:
         or jnp.issubdtype(dtype, jnp.integer)
         or dtype == np.bool_
     )
-
-
-def weighted_quantiles(values: Any, weights: Any, q: Any) -> np.ndarray:
-    """Inverse of the weighted distribution function, exact for ties and zero weights.
-
-    Args:
-        values: `(K, ...)`.
-        weights: `(K,)`, sum to one; all NaN for a dead population.
-        q: `(Q,)`, in `[0, 1]`.
-    Returns:
-        quantiles: `(Q, ...)`: the smallest value with at least `q` of the weight at or below it.
-    """
-    values, weights = np.asarray(values), np.asarray(weights, np.float64)
-    if not np.isfinite(weights).all():
-        return np.full((len(q), *values.shape[1:]), np.nan)
-    alive = weights > 0
-    values, weights = values[alive], weights[alive]
-    flat = values.reshape(len(values), math.prod(values.shape[1:]))
-    out = np.empty((len(q), flat.shape[1]), flat.dtype)
-    for j in range(flat.shape[1]):
-        order = np.argsort(flat[:, j], kind="stable")
-        total = np.cumsum(weights[order])
-        # the last sum may miss 1 by rounding, and q = 1 must still find the largest value
-        at = np.searchsorted(total, np.asarray(q) * total[-1] * (1 - 1e-12))
-        out[:, j] = flat[order[np.minimum(at, len(order) - 1)], j]
-    return out.reshape(len(q), *values.shape[1:])
 
 
 def require_evidence(result: Result) -> None:
@@ -320,28 +295,6 @@ def get_samples(result: Result, weighted: bool = False) -> Any:
     return _everything(result, jnp.asarray(indices, jnp.int32))
 
 
-def systematic_indices(key: Array, log_weights: np.ndarray) -> np.ndarray:
-    """As many equally weighted draws as there are weights, in random order, float64 throughout.
-
-    Args:
-        key: consumed.
-        log_weights: `(K,)`, not all `-inf`.
-    Returns:
-        indices: `(K,)` int.
-    """
-    size = len(log_weights)
-    total = np.cumsum(_normalized(log_weights, axis=None))
-    offset = float(jax.random.uniform(key))
-    bounds = np.ceil(size * (total / total[-1]) - offset).astype(np.int64).clip(0, size)
-    last = np.flatnonzero(np.isfinite(log_weights))[-1]
-    bounds[last:] = size  # rounding must not reach a dead particle at the end
-    offspring = np.diff(bounds, prepend=0)
-    indices = np.repeat(np.arange(size), offspring)
-    # sorted draws would make any slice of them come from the first runs only
-    order = np.random.Generator(np.random.Philox(int(jax.random.bits(key, dtype=jnp.uint32))))
-    return order.permutation(indices)
-
-
 def filter(result: Result, per_run: bool = False) -> FilterTable:
     """Mean, variance and quantiles of every step given the data up to it.
 
@@ -353,7 +306,7 @@ def filter(result: Result, per_run: bool = False) -> FilterTable:
     if per_run:
         return FilterTable(mean, variance, result, True)
     log_evidence = _comparable_evidence(result)
-    share = _normalized(log_evidence, axis=0)  # (R, T)
+    share = normalized(log_evidence, axis=0)  # (R, T)
 
     def over_runs(leaf):
         weights = share.reshape(*share.shape, *(1,) * (np.ndim(leaf) - 2))
@@ -423,12 +376,3 @@ def _comparable_evidence(result: Result) -> np.ndarray:
     if any(note.startswith("no target") for note in result.biases):
         return np.where(np.isfinite(running), 0.0, -np.inf)
     return running
-
-
-def _normalized(log_weights: np.ndarray, axis: int | None) -> np.ndarray:
-    """Weights that sum to one along an axis; NaN where all are dead."""
-    largest = np.max(log_weights, axis, keepdims=True)
-    alive = np.isfinite(largest)
-    scaled = np.exp(log_weights - np.where(alive, largest, 0))
-    total = np.sum(scaled, axis, keepdims=True)
-    return np.where(alive, scaled / np.where(alive, total, 1), np.nan)

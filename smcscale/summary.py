@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from smcscale.diagnostics import EvidenceError, ess_over_runs, log_evidence_error
+from smcscale.readout import weighted_quantiles
 from smcscale.result import (
     Result,
     filter,
@@ -14,7 +15,6 @@ from smcscale.result import (
     pooled_log_evidence,
     pooled_log_weights,
     sites,
-    weighted_quantiles,
 )
 
 _COLUMNS = ("mean", "std", "median", "5.0%", "95.0%")

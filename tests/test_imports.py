@@ -20,7 +20,7 @@ LAYERS = {
             "feynman_kac",
             "program",
             "engine",
-            "result diagnostics summary arviz_export plot progress saving",
+            "readout result diagnostics summary arviz_export plot progress saving",
             "drive",
             "run",
             "__init__ __main__",

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from smcscale import readout
 from smcscale import result as results
 from smcscale.result import Moments, Result
 
@@ -96,7 +97,7 @@ def test_a_dead_run_counts_as_zero(chain_result):
     assert np.isfinite(results.filter(run).mean["x"]).all()
     assert np.isfinite(results.filter(run).variance["x"]).all()
     assert np.isfinite(results.filter(run).quantiles(0.5)["x"]).all()
-    draws = results.systematic_indices(
+    draws = readout.systematic_indices(
         jax.random.key(0), results.pooled_log_weights(run).reshape(-1)
     )
     assert not ((draws >= 100) & (draws < 200)).any()
@@ -155,7 +156,7 @@ def test_weighted_quantiles_against_repeated_values():
     repeated = np.array([3, 3, 1, 2])
     q = np.array([0, 0.1, 0.25, 0.26, 0.5, 0.51, 1.0])
     expected = np.quantile(repeated, q, method="inverted_cdf")
-    np.testing.assert_array_equal(results.weighted_quantiles(values, weights, q), expected)
+    np.testing.assert_array_equal(readout.weighted_quantiles(values, weights, q), expected)
 
 
 def test_plain_states_and_other_leaves_are_tolerated(chain_result):
