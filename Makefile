@@ -65,7 +65,7 @@ test-slow: $(STAMPS)/dev  ## tests that take minutes
 	$(PYTEST) -n 2 -m slow
 
 test-grid: $(STAMPS)/dev  ## every scheme x trigger x tilt x program; writes benchmarks/results/grid.json
-	$(PYTEST) -n 2 -m grid
+	$(PY) benchmarks/grid.py
 
 float64: $(STAMPS)/dev  ## the exact tests again in float64
 	JAX_ENABLE_X64=1 $(PYTEST) -n 2 -m "$(PLAIN) and not statistical and not compile" \
