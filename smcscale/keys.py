@@ -7,7 +7,7 @@ keys depend on its own index only, so run r draws the same whatever the number o
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Key, PRNGKeyArray
 
 # purposes: folded in first, so that no two kinds of draw share a stream
 _INITIAL, _MOVE, _RESAMPLE, _READOUT, _PREDICT = range(5)
@@ -36,7 +36,7 @@ def as_key(key: Array) -> PRNGKeyArray:
     return typed
 
 
-def run_keys(key: PRNGKeyArray, num_runs: int) -> PRNGKeyArray:
+def run_keys(key: PRNGKeyArray, num_runs: int) -> Key[Array, " R"]:
     """Keys `(R,)` of independent runs."""
     return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(num_runs))
 

@@ -102,6 +102,8 @@ def initial_population(
     leaves, log_weights, structure = mutate.draw_initial(
         bound.model, row, jax.vmap(keys.initial)(run_keys), n
     )
+    # weights that are all zero are a constant, which XLA would fold for seconds at large N
+    log_weights = jax.lax.optimization_barrier(log_weights)
     plan = make_plan(pf, bound, leaves, structure, n, sizes.num_islands, run_keys.dtype)
     carried = [leaves[i] for i in plan.packed]
     first = int(bound.model.capabilities.inputs_at_start)

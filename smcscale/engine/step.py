@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int32, Key
 
 from smcscale import keys, status
 from smcscale.engine import gather
@@ -102,7 +102,7 @@ class Scheme(NamedTuple):
 def resample(
     scheme: Scheme,
     population: Population,
-    step_keys: PRNGKeyArray,
+    step_keys: Key[Array, " R"],
     row: Any,
     *,
     num_particles: int | None = None,

@@ -11,8 +11,8 @@ from smcscale import SMC, ParticleFilter
 from smcscale.kernels import annealing, lookahead, resampling, tilts, triggers
 
 #: particles and replicates of a cell
-NUM_PARTICLES = 32
-NUM_RUNS = 3000
+NUM_PARTICLES = 80
+NUM_RUNS = 5000
 
 TRIGGERS = {
     "never": triggers.never,
