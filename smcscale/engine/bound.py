@@ -117,14 +117,12 @@ def make_plan(
     bound: Bound,
     leaves: list,
     structure: Any,
-    num_particles: int,
     num_islands: int,
     key_dtype: Any,
 ) -> Plan:
     """Plan the step for states like `leaves`, `(R, N, ...)` arrays or abstract."""
     one = [jax.ShapeDtypeStruct(x.shape[2:], x.dtype) for x in leaves]
-    row = jax.tree.map(lambda x: x[0], bound.inputs)
-    step = mutate.mutation(bound.model, one, structure, row, num_particles, key_dtype)
+    step = mutate.mutation(bound.model, leaves, structure, bound.inputs, bound.num_steps, key_dtype)
     # a leaf that nobody reads and that equals an earlier one is carried once
     packed = tuple(i for i, first in enumerate(step.aliases) if first == i or step.reads[i])
     unpack = tuple(

@@ -104,7 +104,7 @@ def initial_population(
     )
     # weights that are all zero are a constant, which XLA would fold for seconds at large N
     log_weights = jax.lax.optimization_barrier(log_weights)
-    plan = make_plan(pf, bound, leaves, structure, n, sizes.num_islands, run_keys.dtype)
+    plan = make_plan(pf, bound, leaves, structure, sizes.num_islands, run_keys.dtype)
     carried = [leaves[i] for i in plan.packed]
     first = int(bound.model.capabilities.inputs_at_start)
     zeros = jnp.zeros(num_runs, log_weights.dtype)
@@ -268,7 +268,7 @@ def explain(
             return {"log_potential": log_weights}, jax.tree.unflatten(structure, leaves)
         state = jax.tree.unflatten(structure, leaves)
         told = jax.vmap(jax.vmap(lambda s: bound.lowered.explain(None, s, s, None)))(state)
-        return told or {"log_weight": log_weights}, (state.before, state.carry)
+        return told or {"log_weight": log_weights}, {**state.before, "carry": state.carry}
     plan = plan_again(pf, bound, run_keys, sizes)
     time = population.time
     step_keys = jax.vmap(lambda k: keys.step(k, time))(run_keys)
@@ -299,9 +299,7 @@ def plan_again(pf: Any, bound: Bound, run_keys: Array, sizes: Sizes) -> Plan:
         return leaves
 
     leaves = jax.eval_shape(shapes, run_keys)
-    return make_plan(
-        pf, bound, leaves, structure[0], sizes.num_particles, sizes.num_islands, run_keys.dtype
-    )
+    return make_plan(pf, bound, leaves, structure[0], sizes.num_islands, run_keys.dtype)
 
 
 def _row(bound: Bound, time: Array) -> Any:

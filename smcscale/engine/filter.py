@@ -89,6 +89,13 @@ class ParticleFilter(eqx.Module):
                     "smcscale: a proposal needs the model's transition density, which it lacks.\n"
                     "  try: FeynmanKac(..., log_transition=...)."
                 )
+        if proposal is not None and not (
+            hasattr(proposal, "sample") and hasattr(proposal, "log_prob")
+        ):
+            raise TypeError(
+                "smcscale: `proposal` must have `sample` and `log_prob`, got "
+                f"{type(proposal).__name__}."
+            )
         for name, value in (
             ("resampling", resampling),
             ("trigger", trigger),

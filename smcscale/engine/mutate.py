@@ -17,6 +17,8 @@ from smcscale.noise import split_noise
 #: elements of noise drawn at once: measured best near 2**16 on CPU (benchmarks/filter.py)
 _CHUNK_ELEMENTS = 65536
 _CHUNK_STEPS = 128
+#: and no more than this over all runs, for memory's sake
+_CHUNK_TOTAL = 1 << 22
 _LARGE_CONSTANT = 1 << 20
 
 
@@ -96,14 +98,16 @@ def draw_initial(model: FeynmanKac, row: Any, keys: Any, num_particles: int) -> 
 
 
 def mutation(
-    model: FeynmanKac, leaves: list, structure: Any, row: Any, num_particles: int, key_dtype: Any
+    model: FeynmanKac, states: list, structure: Any, inputs: Any, num_steps: int, key_dtype: Any
 ) -> Mutation:
-    """The transition and potential of `model` for states like `leaves` (one particle, abstract).
+    """The transition and potential of `model` for states like `states`, leaves `(R, N, ...)`.
 
     Raises:
         TypeError: when the transition returns another state type than it was given.
     """
-    row_leaves, row_structure = jax.tree.flatten(row)
+    num_runs, num_particles = states[0].shape[:2]
+    leaves = [jax.ShapeDtypeStruct(x.shape[2:], x.dtype) for x in states]
+    row_leaves, row_structure = jax.tree.flatten(jax.tree.map(lambda x: x[0], inputs))
     names: list[str] = []
 
     def score(previous: Any, state: Any, given: Any, increment: Any) -> list:
@@ -153,8 +157,7 @@ def mutation(
         sums = {n: jnp.sum(c, axis=1) for n, c in zip(names, costs, strict=True)}
         return Mutated(new, log_weights, sums)
 
-    elements = split.elements * num_particles
-    chunk = 1 if elements == 0 else min(_CHUNK_STEPS, max(2, round(_CHUNK_ELEMENTS / elements)))
+    chunk = _chunk(split.elements * num_particles, num_runs, num_steps)
     return Mutation(
         noise,
         apply,
@@ -164,6 +167,18 @@ def mutation(
         split.uses[: len(leaves)],
         split.aliases[: len(leaves)],
     )
+
+
+def _chunk(elements: int, num_runs: int, num_steps: int) -> int:
+    """Steps whose noise is drawn at once, given the random numbers of one run's step.
+
+    Another chunk may change the last bit of a draw, so it depends on the number of runs or steps
+    only where they are extreme.
+    """
+    if elements == 0:
+        return 1
+    best = min(_CHUNK_STEPS, round(_CHUNK_ELEMENTS / elements))
+    return min(num_steps, max(2, min(best, _CHUNK_TOTAL // (elements * num_runs))))
 
 
 def _batched_mutation(
