@@ -18,10 +18,17 @@ Read next: `parallel.py` (no sum over the weights), `selection.py` (biased searc
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int32, UInt32
+from jaxtyping import Array, Bool, Int32
 
 from smcscale.types import Ancestors, Key, LogWeights
-from smcscale.weights import Counts, cumulative_counts, prefix_sum, scaled_prefix_sum
+from smcscale.weights import (
+    PARTS,
+    Counts,
+    cumulative_counts,
+    prefix_sum,
+    running_parts,
+    scaled_prefix_sum,
+)
 
 
 def _ancestors(boundaries: Int32[Array, " N"], n: int) -> Ancestors:
@@ -44,7 +51,7 @@ def systematic(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
     Source: Carpenter, Clifford & Fearnhead 1999.
     """
     counts = cumulative_counts(log_weights, n)
-    point = jax.random.bits(key, (), jnp.uint32)
+    point = _uniform_parts(key, ())
     return _ancestors(counts.whole + (counts.part > point), n)
 
 
@@ -62,7 +69,7 @@ def stratified(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
     Source: Kitagawa 1996.
     """
     counts = cumulative_counts(log_weights, n)
-    points = jax.random.bits(key, (n,), jnp.uint32)
+    points = _uniform_parts(key, (n,))
     return _ancestors(counts.whole + (counts.part > points.at[counts.whole].get(mode="clip")), n)
 
 
@@ -97,7 +104,7 @@ def residual(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
     Source: Liu & Chen 1998.
     """
     sure, remainder = _split(cumulative_counts(log_weights, n))
-    remaining = _running(remainder)
+    remaining = running_parts(remainder)
     drawn = _points_below(key, remaining, remaining.whole[-1], n)
     return _ancestors(prefix_sum(sure) + drawn, n)
 
@@ -127,16 +134,12 @@ def ssp(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
     while size > 1:
         size //= 2
         (i, j), (p, q) = item.reshape(size, 2).T, part.reshape(size, 2).T
-        both = p + q  # mod 1: the value that stays open, whichever item carries it
-        full = both < p
-        a, b = p.astype(jnp.float32), q.astype(jnp.float32)
-        one = jnp.float32(2.0**32)
+        full = p + q >= PARTS
         # full: i closes at one and j stays open; else i stays open and j closes at zero
-        first = uniforms[size : 2 * size] * jnp.where(full, (one - a) + (one - b), a + b) < (
-            jnp.where(full, one - b, a)
-        )
+        chance = jnp.where(full, PARTS - q, p) / jnp.where(full, 2 * PARTS - p - q, p + q)
+        first = uniforms[size : 2 * size] < chance  # 0 / 0: false, and both have nothing
         raised = raised.at[jnp.where(first, i, j)].add(full.astype(jnp.int32))
-        item, part = jnp.where(first != full, i, j), both
+        item, part = jnp.where(first != full, i, j), p + q - full * PARTS
     # the fractional parts add up to an integer, so that the last open value is exactly zero
     return _ancestors(prefix_sum(sure + raised[: sure.size]), n)
 
@@ -180,17 +183,16 @@ def redraw(
     return jnp.where(vacant, drawn.at[rank - 1].get(mode="clip"), ancestors)
 
 
-def _split(counts: Counts) -> tuple[Int32[Array, " N"], UInt32[Array, " N"]]:
+def _uniform_parts(key: Key, shape: tuple[int, ...]) -> Int32[Array, " *shape"]:
+    """Uniform fractional parts of a count."""
+    return jax.random.randint(key, shape, 0, PARTS, jnp.int32)
+
+
+def _split(counts: Counts) -> tuple[Int32[Array, " N"], Int32[Array, " N"]]:
     """Whole and fractional parts of each particle's own expected offspring."""
     before = Counts(*(jnp.pad(x[:-1], (1, 0)) for x in counts))
     borrow = (counts.part < before.part).astype(jnp.int32)
-    return counts.whole - before.whole - borrow, counts.part - before.part
-
-
-def _running(part: UInt32[Array, " N"]) -> Counts:
-    """Running sums of fractional parts."""
-    running = prefix_sum(part)
-    return Counts(prefix_sum((running < part).astype(jnp.int32)), running)
+    return counts.whole - before.whole - borrow, counts.part - before.part + borrow * PARTS
 
 
 def _points_below(
