@@ -20,8 +20,17 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from smcscale import threefry
+
 _CALLS = {"pjit", "jit", "closed_call", "core_call"}
-_CALLBACKS = {"pure_callback", "io_callback", "debug_callback", "infeed", "outfeed"}
+_CALLBACKS = {
+    "pure_callback",
+    "io_callback",
+    "debug_callback",
+    "debug_print",
+    "infeed",
+    "outfeed",
+}
 
 
 class Split(NamedTuple):
@@ -233,8 +242,13 @@ def _evaluate_wide(eqn: Any, env: dict, wide: set, num_particles: int) -> None:
         _write(eqn, env, _bind(eqn, values))
         return
     if kind == "widen":
-        params = dict(eqn.params, shape=(num_particles, *eqn.params["shape"]))
-        _write(eqn, env, [eqn.primitive.bind(*values, **params)])
+        shape = (num_particles, *eqn.params["shape"])
+        width = eqn.params["bit_width"]
+        if threefry.applies(values[0], width, shape):
+            drawn = threefry.bits(values[0], shape)
+        else:
+            drawn = eqn.primitive.bind(*values, bit_width=width, shape=shape)
+        _write(eqn, env, [drawn])
     else:
         if kind == "keys":
             is_wide = [_is_key(v.aval) for v in eqn.invars]

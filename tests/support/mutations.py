@@ -118,8 +118,8 @@ MUTATIONS = [
     Mutation(
         "all particles share their noise",
         "smcscale/noise.py",
-        'params = dict(eqn.params, shape=(num_particles, *eqn.params["shape"]))',
-        'params = dict(eqn.params, shape=(1, *eqn.params["shape"]))',
+        'shape = (num_particles, *eqn.params["shape"])',
+        'shape = (1, *eqn.params["shape"])',
         "tests/program/test_families.py",
     ),
     Mutation(
