@@ -299,8 +299,7 @@ def _refuse_callback(eqn: Any) -> None:
         raise NotImplementedError(
             f"smcscale: the program contains a host callback ({eqn.primitive.name}), which a "
             "compiled particle filter cannot run.\n"
-            "  try: remove it (jax.debug.print, io_callback), or declare the model "
-            "Capabilities(host=True)."
+            "  try: remove it (jax.debug.print, jax.debug.callback, io_callback, pure_callback)."
         )
     for inner in jax.tree.leaves(
         list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")

@@ -74,7 +74,9 @@ class SMC:
         positive("num_islands", num_islands)
         if on_dead not in ("raise", "return"):
             raise ValueError(f'smcscale: `on_dead` must be "raise" or "return", got {on_dead!r}.')
-        if not callable(num_particles) and not isinstance(num_particles, Sequence):
+        if isinstance(num_particles, str) or not (
+            callable(num_particles) or isinstance(num_particles, Sequence)
+        ):
             positive("num_particles", num_particles)
             divisible(num_particles, num_islands)
         self.algorithm = algorithm

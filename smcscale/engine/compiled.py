@@ -105,6 +105,7 @@ def initial_population(
     # weights that are all zero are a constant, which XLA would fold for seconds at large N
     log_weights = jax.lax.optimization_barrier(log_weights)
     plan = make_plan(pf, bound, leaves, structure, sizes.num_islands, run_keys.dtype)
+    mutate.warn_of_constants(plan.mutation)
     carried = [leaves[i] for i in plan.packed]
     first = int(bound.model.capabilities.inputs_at_start)
     zeros = jnp.zeros(num_runs, log_weights.dtype)

@@ -47,6 +47,7 @@ class Mutation(NamedTuple):
         reads: per state leaf, whether the step reads the previous one.
         uses: per state leaf, whether something is computed from the previous one.
         aliases: per state leaf, the first leaf that is the same array after a step.
+        constant_bytes: bytes of arrays that the step closes over.
     """
 
     noise: Callable[[Any], tuple]
@@ -56,6 +57,18 @@ class Mutation(NamedTuple):
     reads: tuple[bool, ...]
     uses: tuple[bool, ...]
     aliases: tuple[int, ...]
+    constant_bytes: int
+
+
+def warn_of_constants(mutation: Mutation) -> None:
+    """Say, once for each compiled start, that large arrays were closed over."""
+    if mutation.constant_bytes > _LARGE_CONSTANT:
+        warnings.warn(
+            f"smcscale: the program closes over {mutation.constant_bytes / 2**20:.0f} MB of arrays, "
+            "which become constants of the compiled program.\n"
+            "  try: pass them to `run` as arguments.",
+            stacklevel=2,
+        )
 
 
 def draw_initial(model: FeynmanKac, row: Any, keys: Any, num_particles: int) -> tuple:
@@ -133,13 +146,6 @@ def mutation(
         return _batched_mutation(model, leaves, structure, score, names)
 
     split = split_noise(step, key_dtype, [*leaves, *row_leaves])
-    if split.constant_bytes > _LARGE_CONSTANT:
-        warnings.warn(
-            f"smcscale: the program closes over {split.constant_bytes / 2**20:.0f} MB of arrays, "
-            "which become constants of the compiled program.\n"
-            "  try: pass them to `run` as arguments.",
-            stacklevel=2,
-        )
     over_particles = tuple(0 if b else None for b in split.batched)
 
     def noise(keys: Any) -> tuple:
@@ -166,6 +172,7 @@ def mutation(
         split.reads[: len(leaves)],
         split.uses[: len(leaves)],
         split.aliases[: len(leaves)],
+        split.constant_bytes,
     )
 
 
@@ -206,7 +213,7 @@ def _batched_mutation(
 
     everything = (True,) * len(leaves)
     return Mutation(
-        lambda keys: (keys,), apply, 1, 0, everything, everything, tuple(range(len(leaves)))
+        lambda keys: (keys,), apply, 1, 0, everything, everything, tuple(range(len(leaves))), 0
     )
 
 

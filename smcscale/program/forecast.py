@@ -37,7 +37,7 @@ def forecast(
         num_steps: rows beyond the data.
         xs: rows of the scanned inputs, leaves `(num_steps, ...)`, or None.
     Raises:
-        ValueError: when the program reads rows that are not given.
+        ValueError: when the program reads rows that are not given, or they do not fit.
     """
     lowered = lower(function, args, kwargs, guide=guide)
     last = jax.tree.map(lambda x: x[-1], lowered.inputs)
@@ -57,6 +57,7 @@ def forecast(
                 "numpyro.sample(..., obs=y) returns instead of y."
             )
         xs = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_steps, *jnp.shape(x))), last.row)
+    _check_rows(xs, last.row, num_steps)
     times = lowered.num_steps + jnp.arange(num_steps, dtype=jnp.int32)
 
     def one_path(path_key: Any, state: Any) -> dict:
@@ -68,3 +69,17 @@ def forecast(
         return jax.lax.scan(step, state, (times, xs))[1]
 
     return jax.vmap(one_path)(particle_keys, chosen)
+
+
+def _check_rows(xs: Any, row: Any, num_steps: int) -> None:
+    if jax.tree.structure(xs) != jax.tree.structure(row):
+        raise ValueError(
+            f"smcscale: `xs` has structure {jax.tree.structure(xs)}; the loop scans over "
+            f"{jax.tree.structure(row)}.\n  try: rows like those of `run`, observations of any value."
+        )
+    for got, like in zip(jax.tree.leaves(xs), jax.tree.leaves(row), strict=True):
+        if jnp.shape(got) != (num_steps, *like.shape):
+            raise ValueError(
+                f"smcscale: `xs` has a leaf of shape {jnp.shape(got)}; {num_steps} rows have shape "
+                f"{(num_steps, *like.shape)}.\n  try: leaves (num_steps, ...)."
+            )
