@@ -1,1 +1,31 @@
-"""A language model writing step by step, as a program."""
+"""A language model writing step by step, as a program that a particle filter runs.
+
+    from smcscale.models.reasoning import solve
+    solve("Ana has 14 apples. ...").answer
+
+| name | what it is |
+|---|---|
+| `solve`, `Solution` | question in, answer out |
+| `reason`, `read_prompt` | the NumPyro program, and a prompt read once for it |
+| `difference`, `product`, `odds` | potentials from scores |
+| `LanguageModel`, `ProcessRewardModel` | what writes and what judges |
+| `weighted_majority`, `majority`, `argmax`, `sample` | one answer from weighted answers |
+
+Problems and grader are in `tasks.py`; `python -m smcscale.models.reasoning.train` remakes the
+shipped models.
+"""
+
+from smcscale.models.reasoning.answers import argmax as argmax
+from smcscale.models.reasoning.answers import majority as majority
+from smcscale.models.reasoning.answers import sample as sample
+from smcscale.models.reasoning.answers import weighted_majority as weighted_majority
+from smcscale.models.reasoning.language_model import LanguageModel as LanguageModel
+from smcscale.models.reasoning.language_model import TextState as TextState
+from smcscale.models.reasoning.program import difference as difference
+from smcscale.models.reasoning.program import odds as odds
+from smcscale.models.reasoning.program import product as product
+from smcscale.models.reasoning.program import read_prompt as read_prompt
+from smcscale.models.reasoning.program import reason as reason
+from smcscale.models.reasoning.reward_model import ProcessRewardModel as ProcessRewardModel
+from smcscale.models.reasoning.solve import Solution as Solution
+from smcscale.models.reasoning.solve import solve as solve

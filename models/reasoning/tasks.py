@@ -11,8 +11,8 @@ one line per sentence (`Ana: 14 + 7 = 21`) and ends with `Answer: N`.
 
 Splits: `"test"` stories use sentence templates and number ranges that `"train"` stories never
 use.  A test story has at least two sentences from `HELD_OUT` templates (every other sentence is
-one with probability 1/2), and starts from an amount in `HELD_OUT_NUMBERS`, a range that training
-stories never mention.  Read next: `tokenizer.py`.
+one with probability 1/2); its numbers come from the whole range, `HELD_OUT_NUMBERS` included,
+which no training story mentions (one test story in four starts from one of them).  Read next: `tokenizer.py`.
 """
 
 import random
@@ -124,7 +124,7 @@ def problem(
     held_out = set(rng.sample(range(num_steps), 2)) if split == "test" else set()
 
     def number(low: int, high: int, start: bool = False) -> int:
-        if split == "test" and start:
+        if split == "test" and start and rng.random() < 0.25:
             return rng.choice(HELD_OUT_NUMBERS)
         while (drawn := rng.randint(low, high)) in held_out_numbers and split == "train":
             pass
