@@ -11,7 +11,7 @@ one line per sentence (`Ana: 14 + 7 = 21`) and ends with `Answer: N`.
 
 Splits: `"test"` stories use sentence templates and number ranges that `"train"` stories never
 use.  A test story has at least two sentences from `HELD_OUT` templates (every other sentence is
-one with probability 1/2); its numbers come from the whole range, `HELD_OUT_NUMBERS` included,
+one with probability 1/4); its numbers come from the whole range, `HELD_OUT_NUMBERS` included,
 which no training story mentions (one test story in four starts from one of them).  Read next: `tokenizer.py`.
 """
 
@@ -131,7 +131,7 @@ def problem(
         return drawn
 
     def templates(operation: str, position: int) -> Sequence[str]:
-        if split == "test" and (position in held_out or rng.random() < 0.5):
+        if split == "test" and (position in held_out or rng.random() < 0.25):
             return HELD_OUT[operation]
         return TRAIN[operation]
 

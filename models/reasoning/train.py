@@ -182,7 +182,9 @@ def save_model(
     """Write a model folder in the Hugging Face layout; `head` is a reward model's (weight, bias)."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = transformer.to_hf(model)
-    config = model.config.to_hf() | {"smcscale": {"step_tokens": 20, "max_tokens": 160}}
+    config = model.config.to_hf() | {
+        "smcscale": {"temperature": 0.8, "step_tokens": 20, "max_tokens": 160}
+    }
     if head is not None:
         tensors |= {"score.weight": head[0], "score.bias": head[1]}
         config = model.config.to_hf("ForTokenClassification") | {
