@@ -31,6 +31,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "grid.json"
 def run_cell(cell: tuple[str, str, str, str, str]) -> dict:
     """One cell: relative evidence with its error, and the largest z-scores of the means."""
     import numpy as np
+
     from support.cells import replicates
     from support.exact import MODELS
 
@@ -57,6 +58,7 @@ def main() -> None:
     import jax
     import numpyro
     import scipy.stats
+
     from support.cells import NUM_PARTICLES, NUM_RUNS, TILTS, TRIGGERS
     from support.exact import MODELS
 
@@ -71,7 +73,9 @@ def main() -> None:
         for row in pool.map(run_cell, cells, chunksize=8):
             rows.append(row)
             if len(rows) % 100 == 0:
-                print(f"{len(rows)} of {len(cells)} cells, {time.time() - started:.0f} s", flush=True)
+                print(
+                    f"{len(rows)} of {len(cells)} cells, {time.time() - started:.0f} s", flush=True
+                )
     scores = [abs(z) for r in rows for z in (r["z_evidence"], r["z_filter"], *r["z_smoothing"])]
     limit = float(scipy.stats.norm.isf(1e-3 / (2 * len(scores))))
     summary = {

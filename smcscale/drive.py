@@ -1,5 +1,6 @@
 """One run: the host loop over compiled blocks, its errors, and the result it leaves."""
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -309,15 +310,17 @@ def _static_warning(meta: Meta) -> tuple[str, ...]:
     if not meta.parameters:
         return ()
     names = ", ".join(f'"{n}"' for n in meta.parameters)
-    return (
+    line = (
         f"{names} drawn before the loop and read inside it: a static parameter degenerates under "
-        "resampling; use `condition`, or a method for parameters (SMC2, PMMH, ParticleGibbs).",
+        "resampling; use `condition`, or a method for parameters (SMC2, PMMH, ParticleGibbs)."
     )
+    return (line,)
 
 
 def schedule(smc: Any, meta: Meta) -> list[Segment]:
     """Segments of constant N from `num_particles`."""
     given, steps = smc.num_particles, meta.num_steps
+    numbers: list[Any]
     if callable(given):
         numbers = [given(t) for t in range(steps)]
     elif isinstance(given, Sequence):
@@ -328,12 +331,12 @@ def schedule(smc: Any, meta: Meta) -> list[Segment]:
                 "  try: one number for each row, or a function of the row."
             )
     else:
-        return [Segment(0, steps, given)]
+        return [Segment(0, steps, int(given))]
     for n in numbers:
         positive("num_particles", n)
         divisible(n, smc.num_islands)
     edges = [t for t in range(steps) if t == 0 or numbers[t] != numbers[t - 1]] + [steps]
-    return [Segment(a, b, numbers[a]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [Segment(a, b, numbers[a]) for a, b in itertools.pairwise(edges)]
 
 
 def _block(num_steps: int, chunk: int) -> tuple[int, int]:
@@ -375,9 +378,10 @@ def _count(values: np.ndarray) -> dict[str, int]:
     }
 
 
-def positive(name: str, value: Any) -> None:
+def positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"smcscale: `{name}` must be a positive whole number, got {value!r}.")
+    return int(value)
 
 
 def divisible(num_particles: int, num_islands: int) -> None:

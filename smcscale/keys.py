@@ -19,7 +19,7 @@ def as_key(key: Array) -> PRNGKeyArray:
     Raises:
         TypeError: when `key` is not one random key.
     """
-    if isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         typed = key
     elif getattr(key, "dtype", None) == jnp.uint32 and jnp.ndim(key) == 1:
         typed = jax.random.wrap_key_data(jnp.asarray(key))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend import core
 
 from smcscale import threefry
@@ -70,7 +71,7 @@ def split_noise(step: Callable[..., list], key_dtype: Any, arguments: list) -> S
     abstract = [jax.ShapeDtypeStruct((), key_dtype)]
     abstract += [jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in arguments]
     traced = jax.make_jaxpr(step)(*abstract)
-    constants = [c for c in traced.consts if not isinstance(c, jax.core.Tracer)]
+    constants = [c for c in traced.consts if not isinstance(c, Tracer)]
     flat = jax.make_jaxpr(lambda *args: _inlined(traced.jaxpr, traced.consts, args))(*abstract)
     jaxpr = flat.jaxpr
     consts = dict(zip(jaxpr.constvars, flat.consts, strict=True))
@@ -176,7 +177,7 @@ def _needed(roots: list, eqns: list) -> dict:
 
 
 def _is_key(aval: Any) -> bool:
-    return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
 
 
 def _logs_of_exponentials(eqns: list, constants: set) -> dict[int, tuple]:
@@ -199,7 +200,7 @@ def _logs_of_exponentials(eqns: list, constants: set) -> dict[int, tuple]:
         for factor, scale in (product.invars, product.invars[::-1]):
             power = maker(scale, "exp")
             constant = isinstance(factor, core.Literal) or factor in constants
-            if power is not None and constant and factor.aval.shape == ():
+            if power is not None and constant and getattr(factor.aval, "shape", None) == ():
                 found[id(eqn)] = (factor, power.invars[0])
     return found
 

@@ -77,8 +77,7 @@ class SMC:
         if isinstance(num_particles, str) or not (
             callable(num_particles) or isinstance(num_particles, Sequence)
         ):
-            positive("num_particles", num_particles)
-            divisible(num_particles, num_islands)
+            divisible(positive("num_particles", num_particles), num_islands)
         self.algorithm = algorithm
         self.num_particles = num_particles
         self.num_runs = num_runs

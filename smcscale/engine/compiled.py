@@ -88,7 +88,7 @@ def _particle_bytes(tree: Any) -> int:
     """Bytes of one particle of leaves `(R, N, ...)`; keys count their data."""
     total = 0
     for leaf in jax.tree.leaves(tree):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.eval_shape(jax.random.key_data, leaf)
         total += leaf.size * leaf.dtype.itemsize // (leaf.shape[0] * leaf.shape[1])
     return total
@@ -267,8 +267,8 @@ def explain(
         )
         if bound.lowered is None:
             return {"log_potential": log_weights}, jax.tree.unflatten(structure, leaves)
-        state = jax.tree.unflatten(structure, leaves)
-        told = jax.vmap(jax.vmap(lambda s: bound.lowered.explain(None, s, s, None)))(state)
+        state, lowered = jax.tree.unflatten(structure, leaves), bound.lowered
+        told = jax.vmap(jax.vmap(lambda s: lowered.explain(None, s, s, None)))(state)
         return told or {"log_weight": log_weights}, {**state.before, "carry": state.carry}
     plan = plan_again(pf, bound, run_keys, sizes)
     time = population.time

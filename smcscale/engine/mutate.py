@@ -233,6 +233,6 @@ def _checked(state: Any, structure: Any, leaves: list) -> list:
                 f"smcscale: the transition returns a leaf of shape {jnp.shape(value)} where it was "
                 f"given {tuple(like.shape)}.\n  try: states of one fixed shape."
             )
-        keyed = jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key)
+        keyed = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
         out.append(value if keyed else jnp.asarray(value, like.dtype))
     return out

@@ -243,7 +243,7 @@ def lower(
         total = _total(replay(previous, state, at).sites, "observed")
         if tail is not None and tail.observed:
             total += jax.lax.cond(
-                at.last, lambda: tail.log_potential(state), lambda: jnp.zeros_like(total)
+                at.last, tail.log_potential, lambda _: jnp.zeros_like(total), state
             )
         return total
 

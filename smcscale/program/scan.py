@@ -334,12 +334,13 @@ def _run(visit: Visit, function: Callable, args: tuple, kwargs: dict) -> Visited
 
 def _num_rows(xs: Any, length: Any) -> int:
     """T of a loop, checked before anything is traced over it."""
-    found = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else None for leaf in jax.tree.leaves(xs)}
-    if None in found:
+    leaves = jax.tree.leaves(xs)
+    if not all(jnp.ndim(leaf) for leaf in leaves):
         raise ValueError(
             "smcscale: the program scans over a number, which has no rows.\n"
             "  try: arrays (T, ...); constants from the closure."
         )
+    found = {int(jnp.shape(leaf)[0]) for leaf in leaves}
     if length is not None:
         found.add(int(length))
     if len(found) > 1:

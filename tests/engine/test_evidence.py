@@ -9,11 +9,11 @@ import itertools
 import jax
 import numpy as np
 import pytest
+
+from smcscale.kernels import annealing, resampling, triggers
 from support.cells import TILTS, TRIGGERS, replicates
 from support.exact import MODELS
 from support.montecarlo import assert_mean
-
-from smcscale.kernels import annealing, resampling, triggers
 
 KERNELS = ("multinomial", "stratified", "systematic", "residual", "ssp", "killing", "rejection")
 

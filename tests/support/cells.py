@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from support.exact import Exact
 
 from smcscale import SMC, ParticleFilter
 from smcscale.kernels import annealing, lookahead, resampling, tilts, triggers
+from support.exact import Exact
 
 #: particles and replicates of a cell
 NUM_PARTICLES = 80

@@ -30,14 +30,12 @@ def backbone(seed: int = 0, vocabulary: int = 4, sharpness: float = 4.0) -> Tran
 def language_model(seed: int = 0, step_tokens: int = 2, max_tokens: int = 4) -> LanguageModel:
     """Four tokens; steps of at most `step_tokens`, texts of at most `max_tokens`."""
     ends = np.array([True, True, False, False])
-    return LanguageModel(
-        backbone(seed), None, ends, step_tokens=step_tokens, max_tokens=max_tokens
-    )
+    return LanguageModel(backbone(seed), None, ends, step_tokens=step_tokens, max_tokens=max_tokens)
 
 
 def reward_model(seed: int = 1) -> ProcessRewardModel:
     """A head that spreads scores over (0, 1)."""
-    head = 0.3 * jax.random.normal(jax.random.key(seed), (1, 16))
+    head = 0.15 * jax.random.normal(jax.random.key(seed), (1, 16))
     return ProcessRewardModel(backbone(seed), head, jnp.zeros(1), None)
 
 
