@@ -100,7 +100,7 @@ def largest_beta(
 
 
 #: Numbers added by one matrix product: float32 holds their sums exactly, and 32 was the fastest of
-#: 16 to 128 at N = 1e5 and 1e6 on CPU.
+#: 16 to 128 on CPU; rows that need no padding, such as 40 for N = 1000, were slower.
 _ROW = 32
 #: Units of the fractional part of a count: a row of them, offset and correction stay below 2**24.
 PARTS = 1 << 17
@@ -159,15 +159,15 @@ def scaled_prefix_sum(values: Float[Array, " N"], total: int | Int32[Array, ""])
     A float32 sum of 1e7 has a spacing of 1, so whole and fractional parts are added apart, each as
     integers that float32 holds exactly. What the float sum of all got wrong is spread over them.
     """
-    # a little low, so that what is missing at the end is never negative
-    expected = _rows(values) * (total * (1 - 2.0**-20) / jnp.sum(values))
+    expected = _rows(values) * (total / jnp.sum(values))
     whole = jnp.floor(expected)
     part = jnp.round((expected - whole) * PARTS)
     whole, part = _running(whole.astype(jnp.float32), part.astype(jnp.float32))
     position = whole + part / PARTS
     # two units more, so that the last one does not fall short by rounding
     missing = (total - whole[-1, -1]) * PARTS - part[-1, -1] + 2
-    part = part + position * (missing / jnp.maximum(position[-1, -1], 1 / PARTS))
+    # an integer, so that equal sums stay equal and the order is kept
+    part += jnp.floor(position * (missing / jnp.maximum(position[-1, -1], 1 / PARTS)))
     whole, part = _carry(whole, part)
     part = jnp.where(whole < total, part, 0)
     return Counts(*(_flat(x, values.size) for x in (jnp.minimum(whole, total), part)))
@@ -198,7 +198,7 @@ def _running(*kinds: Float[Array, "rows columns"]) -> tuple[Float[Array, "rows c
     By products with a triangular matrix: on CPU faster than `lax.associative_scan` and
     `jnp.cumsum`, and no work is repeated by fusion.
     """
-    sums = [_product(rows, _triangle(0)) for rows in kinds]
+    sums = [_product(x, _triangle(_ROW, 0)) for x in kinds]
     offsets = _before(*_carry(*(x[:, -1] for x in sums)))
     return tuple(x + offset[:, None] for x, offset in zip(sums, offsets, strict=True))
 
@@ -207,12 +207,12 @@ def _before(*kinds: Float[Array, " M"]) -> tuple[Float[Array, " M"], ...]:
     """Sums of all earlier ones, of each kind."""
     size = kinds[0].size
     if size <= _ROW:
-        return _carry(*(_product(x[None], _triangle(1)[:size, :size])[0] for x in kinds))
+        return _carry(*(_product(x[None], _triangle(size, 1))[0] for x in kinds))
     rows = [_rows(x) for x in kinds]
     offsets = _before(*_carry(*(jnp.sum(x, axis=1) for x in rows)))
     # the offset enters by the product too: added afterwards, the whole tower of offsets would be
     # worked out anew for every element of the level below
-    weights = jnp.concatenate([_triangle(1), jnp.ones((1, _ROW), jnp.float32)])
+    weights = jnp.concatenate([_triangle(_ROW, 1), jnp.ones((1, _ROW), jnp.float32)])
     extended = [
         jnp.concatenate([x, offset[:, None]], axis=1)
         for x, offset in zip(rows, offsets, strict=True)
@@ -224,5 +224,5 @@ def _product(rows: Float[Array, "rows K"], weights: Float[Array, "K M"]) -> Floa
     return jnp.dot(rows, weights, precision=lax.Precision.HIGHEST)  # exact on GPU and TPU too
 
 
-def _triangle(diagonal: int) -> Float[Array, "columns columns"]:
-    return jnp.triu(jnp.ones((_ROW, _ROW), jnp.float32), diagonal)
+def _triangle(size: int, diagonal: int) -> Float[Array, "columns columns"]:
+    return jnp.triu(jnp.ones((size, size), jnp.float32), diagonal)

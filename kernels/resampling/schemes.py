@@ -183,9 +183,9 @@ def redraw(
     return jnp.where(vacant, drawn.at[rank - 1].get(mode="clip"), ancestors)
 
 
-def _uniform_parts(key: Key, shape: tuple[int, ...]) -> Int32[Array, " *shape"]:
+def _uniform_parts(key: Key, shape: tuple[int, ...]) -> Int32[Array, "..."]:
     """Uniform fractional parts of a count."""
-    return jax.random.randint(key, shape, 0, PARTS, jnp.int32)
+    return (jax.random.bits(key, shape, jnp.uint32) // (2**32 // PARTS)).astype(jnp.int32)
 
 
 def _split(counts: Counts) -> tuple[Int32[Array, " N"], Int32[Array, " N"]]:
