@@ -80,11 +80,12 @@ class Worker:
 
     def __init__(self, contender: str, data: Path):
         self.data = str(data)
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
         self.process = subprocess.Popen(
             [interpreter(contender), HERE / "contenders" / "worker.py", contender],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.errors,
             text=True,
             cwd=tempfile.gettempdir(),  # not the root: its folders would shadow packages
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -94,7 +95,8 @@ class Worker:
     def _read(self) -> dict:
         line = self.process.stdout.readline() if self.process.stdout else ""
         if not line:
-            raise RuntimeError(f"{self.process.args} ended: run it by hand to see why")
+            self.errors.seek(0)
+            raise RuntimeError(f"{self.process.args} ended:\n{self.errors.read()[-2000:]}")
         return json.loads(line)
 
     def ask(self, num_particles: int, num_steps: int, seed: int) -> dict:

@@ -120,7 +120,7 @@ def _update(
 
 def kalman_filter(
     model: LinearGaussian,
-    observations: Float[Array, "T p"] | Float[Array, " T"],
+    observations: Float[ArrayLike, "T p"] | Float[ArrayLike, " T"],
     *,
     initial_observation: Float[ArrayLike, "..."] | None = None,
 ) -> Filtered:

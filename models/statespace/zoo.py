@@ -27,7 +27,7 @@ from numpyro.contrib.control_flow import scan
 from smcscale.models.statespace.hmm import HiddenMarkov
 from smcscale.models.statespace.kalman import LinearGaussian
 
-Scalar = Float[ArrayLike, ""]
+Scalar = float | Float[Array, ""]
 
 
 def stochastic_volatility(
@@ -110,12 +110,13 @@ def stochastic_volatility_with_leverage(
     """
     x0 = numpyro.sample("x0", dist.Normal(mu, sigma / jnp.sqrt(1 - jnp.square(phi))))
 
+    own = sigma * jnp.sqrt(1 - jnp.square(rho))
+
     def step(carry, y_t):
         x, shock = carry
-        mean = mu + phi * (x - mu) + rho * sigma * shock
-        x = numpyro.sample("x", dist.Normal(mean, sigma * jnp.sqrt(1 - jnp.square(rho))))
+        x = numpyro.sample("x", dist.Normal(mu + phi * (x - mu) + rho * sigma * shock, own))
         y_t = numpyro.sample("y", dist.Normal(0.0, jnp.exp(x / 2)), obs=y_t)
-        return (x, y_t * jnp.exp(-x / 2)), x
+        return (x, y_t / jnp.exp(x / 2)), x
 
     scan(step, (x0, jnp.zeros_like(x0)), y, length=length)
 
@@ -198,13 +199,13 @@ def hidden_markov(
         length: number of rows when `y` is None.
     Source: Rabiner 1989, section II.
     """
-    x0 = numpyro.sample("x0", dist.Categorical(probs=model.initial))
+    x0 = numpyro.sample("x0", dist.CategoricalProbs(model.initial))
     if initial_y is not None:
-        numpyro.sample("y0", dist.Categorical(probs=model.emission[x0]), obs=initial_y)
+        numpyro.sample("y0", dist.CategoricalProbs(model.emission[x0]), obs=initial_y)
 
     def step(x, y_t):
-        x = numpyro.sample("x", dist.Categorical(probs=model.transition[x]))
-        numpyro.sample("y", dist.Categorical(probs=model.emission[x]), obs=y_t)
+        x = numpyro.sample("x", dist.CategoricalProbs(model.transition[x]))
+        numpyro.sample("y", dist.CategoricalProbs(model.emission[x]), obs=y_t)
         return x, x
 
     scan(step, x0, y, length=length)
@@ -248,8 +249,8 @@ def bearings_only(
     y: Float[Array, " T"] | None,
     sigma: Scalar = 0.001,
     noise_scale: Scalar = 0.005,
-    initial_mean: Float[ArrayLike, " 4"] = (0.0, 0.0, 0.4, -0.05),
-    initial_scale: Float[ArrayLike, " 4"] = (0.5, 0.005, 0.3, 0.01),
+    initial_mean: tuple[float, ...] | Float[Array, " 4"] = (0.0, 0.0, 0.4, -0.05),
+    initial_scale: tuple[float, ...] | Float[Array, " 4"] = (0.5, 0.005, 0.3, 0.01),
     *,
     length: int | None = None,
 ) -> None:

@@ -10,11 +10,13 @@ from smcscale.models.statespace import (
     LinearGaussian,
     autoregression_model,
     coupled_model,
-    kalman_filter,
-    kalman_smoother,
     local_level_model,
     nile,
 )
+from smcscale.models.statespace import kalman_filter as eager_filter
+from smcscale.models.statespace import kalman_smoother as eager_smoother
+
+kalman_filter, kalman_smoother = jax.jit(eager_filter), jax.jit(eager_smoother)
 
 
 @pytest.fixture
@@ -225,7 +227,8 @@ def test_autoregression_starts_stationary(x64):
 
 def test_float32_stays_close_to_float64_over_a_long_series():
     y = np.random.default_rng(0).normal(size=(2000, 3)).astype(np.float32)
-    single = kalman_filter(coupled_model(3), y)
+    with jax.enable_x64(False):
+        single = kalman_filter(coupled_model(3), y)
     with jax.enable_x64(True):
         double = kalman_filter(coupled_model(3), y.astype(np.float64))
     assert single.means.dtype == jnp.float32
