@@ -6,8 +6,9 @@ network's business (`models/reasoning/transformer.py` maps Hugging Face names to
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -74,7 +75,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"smcscale: {path} is not valid JSON ({error}).") from error
     if not isinstance(value, dict):
-        raise ValueError(f"smcscale: {path} holds a {type(value).__name__}, expected an object.")
+        raise ValueError(  # noqa: TRY004 (the file is wrong, not the argument's type)
+            f"smcscale: {path} holds a {type(value).__name__}, expected an object."
+        )
     return value
 
 

@@ -70,7 +70,7 @@ def attend(q, scale, parts):
     Returns:
         `(B, S, kv, r, head)`.
     """
-    batch, length, groups, repeats, size = q.shape
+    batch, length, groups, repeats, _size = q.shape
     q = jnp.moveaxis(q * scale, 2, 1)  # (B, kv, S, r, head)
 
     def rows(x, shared):

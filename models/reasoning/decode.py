@@ -194,9 +194,7 @@ def write_step(
     """
     sampler = _native(graph, step_tokens, end_tokens)
     one = functools.partial(jax.tree.map, lambda x: jnp.asarray(x)[None, None])
-    written = sampler(
-        key[None], (weights, ends_step, temperature), one(prompt), one(state)
-    )
+    written = sampler(key[None], (weights, ends_step, temperature), one(prompt), one(state))
     return jax.tree.map(lambda x: x[0, 0], written)
 
 
@@ -208,7 +206,7 @@ def _write(bundle, step_tokens, end_tokens, keys, prompt, states) -> Written:
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (members, step_tokens)))(keys)
     uniforms = uniforms.reshape(batch, step_tokens)
     if prompt.length.shape[1] > 1:  # one for each sequence; else one for all or for each group
-        full = lambda x: jnp.broadcast_to(x, (groups, members, *x.shape[2:]))  # noqa: E731
+        full = lambda x: jnp.broadcast_to(x, (groups, members, *x.shape[2:]))
         prompt = jax.tree.map(full, prompt)
     prompt = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), prompt)
     prompt_cache = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), prompt.cache)
@@ -237,9 +235,9 @@ def token_loop(
     last = jnp.take_along_axis(prompt.tokens, visible[:, None], axis=1)[:, 0]
     visible, last = (jnp.repeat(x, batch // x.shape[0]) for x in (visible, last))
     in_prompt = (jnp.arange(prompt.tokens.shape[1]) < visible[:, None])[:, None]
-    newest = jnp.take_along_axis(
-        states.tokens, jnp.maximum(states.length - 1, 0)[:, None], axis=1
-    )[:, 0]
+    newest = jnp.take_along_axis(states.tokens, jnp.maximum(states.length - 1, 0)[:, None], axis=1)[
+        :, 0
+    ]
     pending = jnp.where(states.length == 0, last, newest)
 
     def unfinished(carry):

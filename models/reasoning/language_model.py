@@ -281,7 +281,7 @@ class NextStep(dist.Distribution):
             before.tokens[jnp.maximum(before.length - 1, 0)],
         )
         inputs = jnp.concatenate([newest[None], tokens[:-1]])
-        one = lambda tree: jax.tree.map(lambda x: x[None], tree)  # noqa: E731
+        one = lambda tree: jax.tree.map(lambda x: x[None], tree)
         hidden, _ = cache.extend(
             lm.model,
             jax.tree.map(lambda x: x[:, None], prompt.cache),
@@ -297,9 +297,7 @@ class NextStep(dist.Distribution):
         over = lm.ends_step[tokens] | jnp.isin(tokens, jnp.asarray(lm.config.end_tokens, int))
         last = jnp.arange(size) == count - 1
         complete = jnp.any(over & last) | (count == size) | (after.length == lm.max_tokens)
-        possible = (
-            (count >= 1) & (count <= size) & complete & ~jnp.any(over & inside & ~last)
-        )
+        possible = (count >= 1) & (count <= size) & complete & ~jnp.any(over & inside & ~last)
         written = jnp.sum(jnp.where(inside, chosen, 0.0))
         return jnp.where(
             before.finished,

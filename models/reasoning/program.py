@@ -24,7 +24,6 @@ Source: Puri et al. 2025, "Rollout Roulette" (arXiv 2502.01618); targets by enum
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpyro
 from jaxtyping import Array, Float

@@ -14,7 +14,7 @@ step against its own cache; under `vmap` it becomes one batched pass.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from smcscale.models import parameters
-from smcscale.models.reasoning import cache, transformer
+from smcscale.models.reasoning import cache
 from smcscale.models.reasoning.cache import KeysValues
 from smcscale.models.reasoning.decode import Prompted
 from smcscale.models.reasoning.language_model import (
@@ -181,9 +181,7 @@ class ProcessRewardModel(eqx.Module):
     def start(self, lm: LanguageModel) -> Judged:
         """The state before any step, with room for the texts of `lm`."""
         one = jnp.ones(())
-        return Judged(
-            one, one, jnp.zeros((), jnp.int32), cache.empty(self.config, lm.max_tokens)
-        )
+        return Judged(one, one, jnp.zeros((), jnp.int32), cache.empty(self.config, lm.max_tokens))
 
     def read(self, judged: Judged, state: TextState, step_tokens: int) -> Judged:
         """Judge the newest step of a text, of at most `step_tokens` tokens.
@@ -223,5 +221,3 @@ def _values(prm: ProcessRewardModel, tokens):
 @eqx.filter_jit
 def _read(graph, weights, tokens, length) -> Prompted:
     return Prompted(tokens, length, cache.read(nnx.merge(graph, weights), tokens))
-
-

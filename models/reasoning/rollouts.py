@@ -1,8 +1,11 @@
-"""Labels for a reward model: from a prefix of a solution, how often does the model get it right?
+"""Labels for a reward model: is a prefix right, and how often does the model get there from it?
 
 `sample_solutions` writes a solution for each training story; `label` picks line ends in it,
 lets the model finish `completions` times from each, and labels the prefix with the share that
 reaches the right answer; the last line is labelled by the answer itself.
+
+`check` compares a solution with the worked one, token by token; `damaged` makes wrong lines for
+the reward model to learn what an error looks like before it sees roll-outs.
 
 Source: Wang et al. 2024, "Math-Shepherd", section 3.3 (soft estimation).
 """
@@ -26,11 +29,66 @@ LONGEST_SOLUTION = 144
 
 
 class Labelled(NamedTuple):
-    """Token rows `(n, S)`, line ends `(n, K)` and their labels `(n, K)`, NaN where unused."""
+    """Token rows `(n, S)`, line ends `(n, K)`, their labels `(n, K)`, checks `(n, S)`; NaN: unused."""
 
     tokens: np.ndarray
     ends: np.ndarray
     labels: np.ndarray
+    checks: np.ndarray
+
+
+def check(tokenizer: Tokenizer, story: tasks.Problem, prompt_length: int, text: list[int]):
+    """Marks `(prompt_length + len(text),)`: 1 while all numbers agree with the worked solution.
+
+    NaN on the prompt; 0 from the first token that differs on. Names are not compared: a wrong
+    name with right numbers can still reach the answer.
+    """
+    newline, colon = tokenizer.encode("\n")[0], tokenizer.encode(":")[0]
+    marks = np.full(prompt_length + len(text), np.nan, np.float32)
+    worked = [tokenizer.encode(step) + [newline] for step in story.steps]
+    worked[-1][-1] = tokenizer.end_tokens[0]
+    line, column, right = 0, None, True
+    for index, token in enumerate(text):
+        if right and column is not None:
+            truth = worked[line]
+            at = truth.index(colon) + 1 + column
+            right = at < len(truth) and truth[at] == token
+            column += 1
+        elif right and token in (newline, tokenizer.end_tokens[0]):
+            right = False  # a line without a colon
+        marks[prompt_length + index] = float(right)
+        if token == colon and column is None:
+            column = 0
+        if token == newline:
+            line, column = line + 1, None
+            right = right and line < len(worked)
+    return marks
+
+
+def damaged(rng: random.Random, tokenizer: Tokenizer, width: int, num_steps: int):
+    """A story, its worked solution up to a line with one wrong digit (or none): tokens and marks."""
+    story = tasks.problem(rng, "train", num_steps)
+    newline, colon = tokenizer.encode("\n")[0], tokenizer.encode(":")[0]
+    prompt = tokenizer.encode(story.question + "\n")
+    digits = tokenizer.encode("0123456789")
+    lines = [tokenizer.encode(step) + [newline] for step in story.steps]
+    lines[-1][-1] = tokenizer.end_tokens[0]
+    bad = rng.randrange(len(lines))
+    if rng.random() < 0.8:
+        line = lines[bad]
+        places = [i for i, t in enumerate(line) if t in digits and i > line.index(colon)]
+        if rng.random() < 0.6 and "=" in story.steps[bad]:
+            after = line.index(tokenizer.encode("=")[0])
+            places = [i for i in places if i > after]
+        place = rng.choice(places)
+        line[place] = rng.choice([d for d in digits if d != line[place]])
+    text = [token for line in lines[: bad + 1] for token in line]
+    tokens = np.zeros(width, np.int32)
+    marks = np.full(width, np.nan, np.float32)
+    row = (prompt + text)[:width]
+    tokens[: len(row)] = row
+    marks[: len(row)] = check(tokenizer, story, len(prompt), text)[:width]
+    return tokens, marks
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
@@ -112,9 +170,12 @@ def label(
     tokens = np.zeros((solutions, LONGEST_PROMPT + LONGEST_SOLUTION), np.int32)
     ends = np.zeros((solutions, positions + 1), np.int32)
     labels = np.full((solutions, positions + 1), np.nan, np.float32)
+    checks = np.full(tokens.shape, np.nan, np.float32)
     right_lines = lines = solved = 0
     for row, (story, prompt, text) in enumerate(zip(stories, prompts, written)):
         tokens[row, : len(prompt) + len(text)] = prompt + text
+        marks = check(tokenizer, story, len(prompt), text)
+        checks[row, : len(marks)] = marks
         right = text[-1] == end and tasks.grade(tokenizer.decode(text), story)
         ends[row, 0] = len(prompt) + len(text) - 1
         labels[row, 0] = float(right)
@@ -134,7 +195,7 @@ def label(
         good = [tasks.grade(tokenizer.decode(head + t), stories[row]) for t in texts]
         labels[row, column] = np.mean(good)
     seen = {"solved": solved / solutions, "right step": right_lines / max(lines, 1)}
-    return Labelled(tokens, ends, labels), seen
+    return Labelled(tokens, ends, labels, checks), seen
 
 
 def _leading_right(text: str, story: tasks.Problem) -> tuple[int, int]:

@@ -238,6 +238,10 @@ def right_steps(text: str, problem: Problem) -> list[bool]:
 def words() -> list[str]:
     """Every word and mark that a problem or a solution can contain, sorted."""
     texts = [*QUESTIONS, *OPENERS, *WOMEN, *MEN, "She", "he", "He", "she", "Answer: + - * / ="]
-    texts += [template for table in (TRAIN, HELD_OUT) for group in table.values() for template in group]
+    texts += [
+        template for table in (TRAIN, HELD_OUT) for group in table.values() for template in group
+    ]
     texts += [word for pair in NOUNS for word in pair]
-    return sorted({w for t in texts for w in re.findall(r"[A-Za-z]+|[^\w\s{}]", re.sub(r"{.}", " ", t))})
+    return sorted(
+        {w for t in texts for w in re.findall(r"[A-Za-z]+|[^\w\s{}]", re.sub(r"{.}", " ", t))}
+    )

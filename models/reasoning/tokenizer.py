@@ -71,9 +71,7 @@ class Tokenizer:
         """Words of a text that a word-level vocabulary does not know."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         unknown = self._backend.token_to_id("[UNK]")
-        return [
-            text[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets) if i == unknown
-        ]
+        return [text[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets) if i == unknown]
 
     def ends_step(self, delimiter: str = "\n", size: int | None = None) -> np.ndarray:
         """`(size,)` bool: tokens that end a step, those containing `delimiter` and the end tokens.

@@ -6,7 +6,8 @@ Three stages, each from the result of the one before: (1) the language model lea
 training stories with worked solutions, loss on the solution only, short stories first; (2) it
 samples solutions of fresh training stories and, from prefixes of them, `--completions` ways to
 go on: the share that reaches the right answer labels the prefix; (3) a copy of the network with
-a value head learns these shares at the last token of each step.  No test story is ever used.
+a value head first learns to find errors (checks against worked solutions), then these shares at
+the last token of each step.  No test story is ever used.
 
 Source: Wang et al. 2024, "Math-Shepherd" (section 3.3, soft estimation) for stages 2 and 3.
 """
@@ -124,56 +125,86 @@ def train_language_model(
 
 
 def train_reward_model(args, model, tokenizer: Tokenizer, labelled: Labelled, log=print):
-    """Stage 3: `(backbone, head (1, D), bias (1,))` fitted to soft labels by cross-entropy."""
+    """Stage 3: `(backbone, head (1, D), bias (1,))`, by cross-entropy.
+
+    First on checks (which token of a wrong line is the wrong one: half the rows are the model's
+    own samples, half worked solutions with one digit changed), then on the roll-out labels.
+    """
     graph, weights = nnx.split(model)
     width = model.config.hidden_size
-    everything = (weights, jnp.zeros((1, width)), jnp.zeros(1))
-    count = len(labelled.tokens)
-    total = args.reward_epochs * (count // args.batch_size)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, args.reward_rate, total // 20 + 1, total)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
-    )
-    state = optimizer.init(everything)
+    fitted = (weights, jnp.zeros((1, width)), jnp.zeros(1))
+    rng = random.Random(f"smcscale reward model {args.seed}")
+    size, count = args.batch_size, len(labelled.tokens)
+    lengths = labelled.ends.max(axis=1) + 1
+    nearby = np.argsort(lengths)
 
-    def loss(everything, tokens, ends, labels):
-        weights, head, bias = everything
-        hidden = nnx.merge(graph, weights)(tokens, unroll=model.config.num_layers)
-        at_ends = jnp.take_along_axis(hidden, ends[..., None], axis=1)
-        logits = (at_ends @ head.T + bias)[..., 0]
-        used = ~jnp.isnan(labels)
-        losses = optax.sigmoid_binary_cross_entropy(logits, jnp.where(used, labels, 0.0))
-        return jnp.sum(losses * used) / jnp.sum(used)
+    def rows_alike():
+        start = rng.randrange(count - 4 * size)
+        return nearby[rng.sample(range(start, start + 4 * size), size)]
+
+    def checks():
+        for _ in range(args.check_steps):
+            num_steps = rng.choice(tasks.STEPS)
+            longest = PADDED[num_steps]
+            fits = rows_alike()[: size // 2]
+            longest = max(longest, -(-int(lengths[fits].max()) // 24) * 24)
+            made = [
+                rollouts.damaged(rng, tokenizer, longest, num_steps)
+                for _ in range(size - len(fits))
+            ]
+            tokens = np.concatenate([labelled.tokens[fits, :longest], [m[0] for m in made]])
+            marks = np.concatenate([labelled.checks[fits, :longest], [m[1] for m in made]])
+            yield tokens, marks
+
+    def rolled():
+        for _ in range(args.reward_steps):
+            rows = rows_alike()
+            longest = -(-int(lengths[rows].max()) // 24) * 24
+            marks = np.full((size, longest), np.nan, np.float32)
+            for mark, ends, labels in zip(marks, labelled.ends[rows], labelled.labels[rows]):
+                used = ~np.isnan(labels)
+                mark[ends[used]] = labels[used]
+            yield labelled.tokens[rows, :longest], marks
+
+    fitted = _fit(graph, fitted, checks(), args.check_steps, args.reward_rate, log, "checks")
+    fitted = _fit(graph, fitted, rolled(), args.reward_steps, args.reward_rate / 3, log, "rolled")
+    weights, head, bias = fitted
+    return nnx.merge(graph, weights), np.asarray(head), np.asarray(bias)
+
+
+def _fit(graph, fitted, batches, total: int, rate: float, log, name: str):
+    """Adam on soft labels at the marked tokens of `(tokens, marks)` batches."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, total // 15 + 1, total + 1)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02)
+    )
+    state = optimizer.init(fitted)
+
+    def loss(fitted, tokens, marks):
+        weights, head, bias = fitted
+        model = nnx.merge(graph, weights)
+        logits = (model(tokens, unroll=model.config.num_layers) @ head.T + bias)[..., 0]
+        used = ~jnp.isnan(marks)
+        losses = optax.sigmoid_binary_cross_entropy(logits, jnp.where(used, marks, 0.0))
+        right = ((logits > 0) == (marks > 0.5)) & used
+        return jnp.sum(losses * used) / jnp.sum(used), jnp.sum(right) / jnp.sum(used)
 
     @jax.jit
-    def step(everything, state, tokens, ends, labels):
-        value, gradient = jax.value_and_grad(loss)(everything, tokens, ends, labels)
-        updates, state = optimizer.update(gradient, state, everything)
-        return optax.apply_updates(everything, updates), state, value
+    def step(fitted, state, tokens, marks):
+        (value, right), gradient = jax.value_and_grad(loss, has_aux=True)(fitted, tokens, marks)
+        updates, state = optimizer.update(gradient, state, fitted)
+        return optax.apply_updates(fitted, updates), state, value, right
 
-    rng = random.Random(f"smcscale reward model {args.seed}")
-    lengths = labelled.ends.max(axis=1) + 1
-    start, index = time.time(), 0
-    for _ in range(args.reward_epochs):
-        order = sorted(range(count), key=lambda i: (lengths[i] + rng.uniform(-10, 10)))
-        batches = [order[i : i + args.batch_size] for i in range(0, count, args.batch_size)]
-        batches = [rows for rows in batches if len(rows) == args.batch_size]
-        rng.shuffle(batches)
-        for rows in batches:
-            longest = -(-int(lengths[rows].max()) // 32) * 32
-            everything, state, value = step(
-                everything, state, labelled.tokens[rows, :longest], labelled.ends[rows],
-                labelled.labels[rows],
-            )  # fmt: skip
-            if index % 25 == 0:
-                log(
-                    f"reward model {index:4d} of {total}: loss {float(value):.4f}, "
-                    f"{time.time() - start:.0f} s",
-                    flush=True,
-                )
-            index += 1
-    weights, head, bias = everything
-    return nnx.merge(graph, weights), np.asarray(head), np.asarray(bias)
+    start = time.time()
+    for index, (tokens, marks) in enumerate(batches):
+        fitted, state, value, right = step(fitted, state, tokens, marks)
+        if index % 25 == 0:
+            log(
+                f"reward model, {name} {index:4d} of {total}: loss {float(value):.4f}, right "
+                f"{float(right):.3f}, {time.time() - start:.0f} s",
+                flush=True,
+            )
+    return fitted
 
 
 def save_model(
@@ -183,7 +214,7 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = transformer.to_hf(model)
     config = model.config.to_hf() | {
-        "smcscale": {"temperature": 0.8, "step_tokens": 20, "max_tokens": 160}
+        "smcscale": {"temperature": 1.0, "step_tokens": 20, "max_tokens": 160}
     }
     if head is not None:
         tensors |= {"score.weight": head[0], "score.bias": head[1]}
@@ -215,8 +246,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--solutions", type=int, default=3000, help="labelled solutions")
     parser.add_argument("--positions", type=int, default=3, help="line ends labelled in each")
     parser.add_argument("--completions", type=int, default=4, help="roll-outs from each line end")
-    parser.add_argument("--reward-epochs", type=int, default=4)
-    parser.add_argument("--reward-rate", type=float, default=1e-3)
+    parser.add_argument("--check-steps", type=int, default=450)
+    parser.add_argument("--reward-steps", type=int, default=100)
+    parser.add_argument("--labels-done", default=None, help="skip stage 2; a labels.npz file")
+    parser.add_argument("--reward-rate", type=float, default=1.5e-3)
     args = parser.parse_args(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -233,7 +266,11 @@ def main(argv: list[str] | None = None) -> None:
     save_model(out / "reasoner", model, tokenizer)
     # the reward model learns from the samples of the model as it is shipped, rounded to bfloat16
     model = transformer.from_hf(model.config, parameters.load(out / "reasoner"))
-    labelled = label_in_chunks(args, model, tokenizer)
+    if args.labels_done:
+        with np.load(args.labels_done) as stored:
+            labelled = Labelled(**stored)
+    else:
+        labelled = label_in_chunks(args, model, tokenizer)
     backbone, head, bias = train_reward_model(args, model, tokenizer, labelled)
     save_model(out / "reasoner-prm", backbone, tokenizer, (head, bias))
 

@@ -15,8 +15,9 @@ Source: Qwen2 (Yang et al. 2024) and Llama 3 (Grattafiori et al. 2024) as laid o
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,9 @@ class Config:
                 option that this transformer does not have (sliding windows, other activations).
         """
         architecture = (raw.get("architectures") or [f"{raw.get('model_type')}"])[0]
-        family = next((f for f in _ARCHITECTURES if str(architecture).lower().startswith(f.lower())), None)
+        family = next(
+            (f for f in _ARCHITECTURES if str(architecture).lower().startswith(f.lower())), None
+        )
         if family is None:
             raise ValueError(
                 f"smcscale: {where} describes a {architecture!r}; this transformer reads the "
@@ -63,21 +66,25 @@ class Config:
         try:
             heads = int(raw["num_attention_heads"])
             hidden = int(raw["hidden_size"])
-            sizes = dict(
-                vocabulary_size=int(raw["vocab_size"]),
-                hidden_size=hidden,
-                num_layers=int(raw["num_hidden_layers"]),
-                num_heads=heads,
-                num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-                head_size=int(raw.get("head_dim") or hidden // heads),
-                mlp_size=int(raw["intermediate_size"]),
-            )
+            sizes = {
+                "vocabulary_size": int(raw["vocab_size"]),
+                "hidden_size": hidden,
+                "num_layers": int(raw["num_hidden_layers"]),
+                "num_heads": heads,
+                "num_kv_heads": int(raw.get("num_key_value_heads") or heads),
+                "head_size": int(raw.get("head_dim") or hidden // heads),
+                "mlp_size": int(raw["intermediate_size"]),
+            }
         except KeyError as error:
             raise ValueError(f"smcscale: {where} has no entry {error}.") from error
         if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"smcscale: {where} asks for {raw['hidden_act']!r}; only silu is known.")
+            raise ValueError(
+                f"smcscale: {where} asks for {raw['hidden_act']!r}; only silu is known."
+            )
         if raw.get("use_sliding_window"):
-            raise ValueError(f"smcscale: {where} asks for sliding windows, which are not supported.")
+            raise ValueError(
+                f"smcscale: {where} asks for sliding windows, which are not supported."
+            )
         if raw.get("mlp_bias") or (family == "Llama" and raw.get("attention_bias")):
             raise ValueError(f"smcscale: {where} asks for biases that the {family} layout lacks.")
         rope = raw.get("rope_parameters") or {}
@@ -252,9 +259,11 @@ def queries_keys_values(config: Config, weights, hidden, rotation):
     q = q.reshape(*q.shape[:-1], groups, config.num_heads // groups, size)
     k, v = (x.reshape(*x.shape[:-1], groups, size) for x in (k, v))
     cos, sin = rotation
-    return _rotate(q, cos[..., None, None, :], sin[..., None, None, :]), _rotate(
-        k, cos[..., None, :], sin[..., None, :]
-    ), v
+    return (
+        _rotate(q, cos[..., None, None, :], sin[..., None, None, :]),
+        _rotate(k, cos[..., None, :], sin[..., None, :]),
+        v,
+    )
 
 
 def _rotate(x, cos, sin):
@@ -306,7 +315,9 @@ def to_hf(model: Transformer) -> dict[str, np.ndarray]:
     return tensors
 
 
-def from_hf(config: Config, tensors: Mapping[str, np.ndarray], where: str = "weights") -> Transformer:
+def from_hf(
+    config: Config, tensors: Mapping[str, np.ndarray], where: str = "weights"
+) -> Transformer:
     """A transformer from parameters under their Hugging Face names.
 
     Raises:
@@ -316,7 +327,9 @@ def from_hf(config: Config, tensors: Mapping[str, np.ndarray], where: str = "wei
     def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
         found = tensors.get(name)
         if found is None:
-            raise ValueError(f"smcscale: {where} has no tensor {name!r}, which config.json implies.")
+            raise ValueError(
+                f"smcscale: {where} has no tensor {name!r}, which config.json implies."
+            )
         if found.shape != shape:
             raise ValueError(
                 f"smcscale: {where}: {name!r} has shape {found.shape}, config.json implies {shape}."

@@ -28,12 +28,12 @@ SHAPES = [  # hidden, layers, heads, kv heads, mlp, vocabulary, tied, rope theta
 def configurations() -> list[dict]:
     """The five configurations as `config.json` entries."""
     return [
-        dict(
-            architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=hidden,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
-            intermediate_size=mlp, vocab_size=vocabulary, tie_word_embeddings=tied,
-            rope_theta=theta, rms_norm_eps=1e-6, max_position_embeddings=128, hidden_act="silu",
-        )
+        {
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": hidden,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv,
+            "intermediate_size": mlp, "vocab_size": vocabulary, "tie_word_embeddings": tied,
+            "rope_theta": theta, "rms_norm_eps": 1e-6, "max_position_embeddings": 128, "hidden_act": "silu",
+        }
         for hidden, layers, heads, kv, mlp, vocabulary, tied, theta in SHAPES
     ]  # fmt: skip
 

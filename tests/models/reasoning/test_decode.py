@@ -132,7 +132,7 @@ def test_nested_vmap_equals_a_loop_and_runs_do_not_depend_on_their_number():
 
     @jax.jit
     def nested(lm, keys, states):
-        inner = lambda key, run: jax.vmap(lambda s: lm.next_step(s).sample(key))(run)  # noqa: E731
+        inner = lambda key, run: jax.vmap(lambda s: lm.next_step(s).sample(key))(run)
         return jax.vmap(inner)(keys, states)
 
     together = nested(GIVEN, keys, states)

@@ -19,7 +19,9 @@ def test_a_solution_is_complete_and_repeats():
     assert first.log_weights.shape == (4,)
     assert first.answer in first.answers
     assert first.log_evidence < 0 and first.cost["tokens"] > 0
-    assert all((a is None) or t.endswith(f"Answer: {a}") for a, t in zip(first.answers, first.texts))
+    assert all(
+        (a is None) or t.endswith(f"Answer: {a}") for a, t in zip(first.answers, first.texts)
+    )
 
 
 def test_a_list_of_questions_and_another_method():

@@ -11,8 +11,10 @@ from smcscale.models.reasoning.tokenizer import word_level
 
 def templates(text):
     """Which templates a story's sentences come from, held out or not."""
+
     def pattern(template):
         return re.sub(r"\\{.\\}", r"[A-Za-z0-9]+", re.escape(template))
+
     held = [p for group in tasks.HELD_OUT.values() for p in group]
     return sum(bool(re.search(pattern(t), text)) for t in held)
 

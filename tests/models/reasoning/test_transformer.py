@@ -142,7 +142,9 @@ def test_a_folder_that_is_broken_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a complete safetensors file"):
         LanguageModel.from_pretrained(tmp_path)
     tensors = transformer.to_hf(Transformer(Config.from_hf(QWEN2), rngs=nnx.Rngs(0)))
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "model.safetensors")
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "model.safetensors"
+    )
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
         LanguageModel.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
