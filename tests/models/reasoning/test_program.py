@@ -36,12 +36,12 @@ def weight(scores, tokens, potential, rule):
     return np.prod(terms) * terms[-1] ** again
 
 
-CASES = [
-    (program.difference, "absorb", None),
-    (program.difference, "absorb", always),
-    (program.product, "absorb", always),
-    (program.odds, "absorb", None),
-    (program.odds, "reweigh", always),
+CASES = [  # potential, finished, trigger (None: the default), smallest bias to see
+    (program.difference, "absorb", None, 0.03),
+    (program.difference, "absorb", always, 0.03),
+    (program.product, "absorb", always, 0.03),
+    (program.odds, "absorb", None, 0.03),
+    (program.odds, "reweigh", always, 0.05),
 ]
 
 
@@ -63,15 +63,15 @@ def test_the_texts_are_all_there():
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize(("potential", "rule", "trigger"), CASES)
-def test_evidence_and_law_are_exact(potential, rule, trigger):
+@pytest.mark.parametrize(("potential", "rule", "trigger", "bias"), CASES)
+def test_evidence_and_law_are_exact(potential, rule, trigger, bias):
     smc = run(jax.random.key(11), potential, rule, trigger)
     weights = np.array(
         [weight(s, t, potential, rule) for s, (t, _) in zip(SCORES, TEXTS, strict=True)]
     )
     evidence = np.exp(np.asarray(smc.log_evidence, np.float64))
     exact = float(PROBABILITY @ weights)
-    assert_mean(evidence / exact, 1.0, family=2 * len(CASES), smallest_bias=0.03)
+    assert_mean(evidence / exact, 1.0, family=2 * len(CASES), smallest_bias=bias)
 
     # the unnormalized share of texts that ended by themselves
     samples, log_weights = smc.get_samples(weighted=True)
@@ -83,7 +83,7 @@ def test_evidence_and_law_are_exact(potential, rule, trigger):
     replicates = evidence.sum() * pooled.sum(axis=1)
     ended = np.array([tokens[-1] == tiny.STOP for tokens, _ in TEXTS])
     wanted = float(PROBABILITY @ (weights * ended))
-    assert_mean(replicates / wanted, 1.0, family=2 * len(CASES), smallest_bias=0.05)
+    assert_mean(replicates / wanted, 1.0, family=2 * len(CASES), smallest_bias=2 * bias)
 
 
 def test_scores_are_those_of_a_full_pass_and_tokens_are_counted():
@@ -116,15 +116,15 @@ def test_plain_numpyro_runs_the_program():
     assert trace["score"]["value"].shape == (2,)
 
 
-def test_the_same_kernel_objects_serve_other_programs():
-    for kernel in (resampling.multinomial, resampling.ssp):
-        smc = SMC(
-            ParticleFilter(reason, resampling=kernel, trigger=always),
-            num_particles=5, num_runs=2, progress_bar=False,
-        )  # fmt: skip
-        prompt = program.read_prompt(LM, PRM, tiny.PROMPT)
-        smc.run(jax.random.key(0), LM, PRM, prompt, max_steps=2)
-        assert np.isfinite(np.asarray(smc.log_evidence)).all()
+def test_another_kernel_serves_as_well():
+    smc = SMC(
+        ParticleFilter(reason, resampling=resampling.multinomial, trigger=always),
+        num_particles=4,
+        num_runs=2,
+        progress_bar=False,
+    )
+    smc.run(jax.random.key(0), LM, PRM, program.read_prompt(LM, PRM, tiny.PROMPT), max_steps=2)
+    assert np.isfinite(np.asarray(smc.log_evidence)).all()
 
 
 def test_bad_options_are_refused():
