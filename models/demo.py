@@ -17,6 +17,8 @@ from smcscale import plot
 from smcscale.engine.filter import ParticleFilter
 from smcscale.kernels import resampling
 from smcscale.models.commands import volatility_mean
+from smcscale.models.reasoning.cache import bucketed
+from smcscale.models.reasoning.language_model import LanguageModel
 from smcscale.models.reasoning.program import reason
 from smcscale.models.reasoning.solve import (
     Solution,
@@ -32,7 +34,7 @@ from smcscale.run import SMC
 #: the same kernel object resamples volatilities and texts
 _KERNEL = resampling.systematic
 _PARTICLES = (1, 4, 16)
-_PROBLEMS = 30
+_PROBLEMS = 40
 _SEED = 2024  # of the demo's problems
 
 
@@ -129,12 +131,16 @@ def reasoning(picture: Path) -> list[Accuracy]:
     """Solve held-out word problems with more and more particles; print a tree and a table."""
     lm, prm = shipped_language_model(), shipped_reward_model()
     size = sum(x.size for x in jax.tree.leaves(lm.weights))
-    held_out = problems(_SEED, _PROBLEMS, "test")
-    print(f"\n2. {_PROBLEMS} held-out word problems of 6 to 10 steps. A language model of")
-    print(f"   {size / 1e6:.1f} M parameters writes, a reward model judges each step, and the same")
-    print("   particle filter with the same systematic resampling keeps the texts that score well.")
+    held_out = _alike(problems(_SEED, 3 * _PROBLEMS, "test"), lm)[:_PROBLEMS]
+    print(
+        f"\n2. {len(held_out)} held-out word problems of 6 to 10 steps, of similar length. A language"
+    )
+    print(
+        f"   model of {size / 1e6:.1f} M parameters writes, a reward model judges each step, and the"
+    )
+    print("   same systematic resampling keeps the texts that score well.")
     method = ParticleFilter(reason, resampling=_KERNEL, store="last")
-    rows, shown = [], False
+    rows = []
     for num_particles in _PARTICLES:
         solutions, seconds = [], []
         for i, problem in enumerate(held_out):
@@ -150,8 +156,8 @@ def reasoning(picture: Path) -> list[Accuracy]:
             seconds.append(time.perf_counter() - started)
             solutions.append(solution)
         rows.append(_accuracy(num_particles, held_out, solutions, seconds))
-        print(f"   {num_particles} particles: {rows[-1].right} of {_PROBLEMS} right")
-        if num_particles == _PARTICLES[-1] and not shown:
+        print(f"   {num_particles} particles: {rows[-1].right} of {len(held_out)} right")
+        if num_particles == _PARTICLES[-1]:
             i = _interesting(held_out, solutions)
             print(f"\n   One problem and its {num_particles} particles")
             print(tree(held_out[i], solutions[i], prm))
@@ -225,6 +231,14 @@ def _accuracy(
     # the median leaves out the few that compile
     middle = float(np.median(seconds))
     return Accuracy(num_particles, right, len(asked), *interval(right, len(asked)), tokens, middle)
+
+
+def _alike(asked: list[Problem], lm: LanguageModel) -> list[Problem]:
+    """The problems of the most common padded length, so that each N compiles once."""
+    assert lm.tokenizer is not None
+    sizes = [bucketed(len(lm.tokenizer.encode(p.question + "\n"))) for p in asked]
+    common = max(set(sizes), key=sizes.count)
+    return [p for p, size in zip(asked, sizes, strict=True) if size == common]
 
 
 def _interesting(asked: list[Problem], solutions: list[Solution]) -> int:
