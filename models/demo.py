@@ -263,6 +263,8 @@ def _draw(rows: list[Accuracy], picture: Path) -> None:
         text = f"{row.num_particles} particle{'s' if row.num_particles > 1 else ''}"
         ax.annotate(text, (x, y), xytext=(8, -14), textcoords="offset points", fontsize="small")
     ax.set_xscale("log")
+    ax.set_xticks(tokens, [f"{x:,.0f}" for x in tokens])
+    ax.minorticks_off()
     ax.set_ylim(0, 1.02)
     ax.set_xlim(tokens[0] / 1.6, tokens[-1] * 2.6)
     ax.set_xlabel("tokens written for a problem")
