@@ -4,7 +4,8 @@
 
 Held-out word problems (`tasks.problems(seed, count, "test")`: sentence templates and numbers that
 training stories never use), the shipped language model and reward model, default settings of
-`solve`. The seeds of one problem are independent runs of one compiled call. Beside the particle
+`solve`. The seeds of one problem are independent runs of one compiled call (the samples without
+resampling have one). Beside the particle
 filter at 1, 4 and 16 particles: 16 samples of the same model without resampling, read by the best
 last score (best-of-16), by score-weighted vote, and by plain majority. The interval of
 accuracy(16) - accuracy(1) is a paired bootstrap over problems. Writes
@@ -43,7 +44,7 @@ PROBLEM_SEED = 2026
 def main() -> None:
     """Run everything and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--problems", type=int, default=200, help="a multiple of 20")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     lm, prm = shipped_language_model(), shipped_reward_model()
@@ -61,11 +62,12 @@ def main() -> None:
     for number, problem in enumerate(problems):
         prompt = read_prompt(lm, prm, problem.question + "\n")
         for label, method, count in methods:
-            smc = SMC(method, num_particles=count, num_runs=args.seeds, progress_bar=False)
+            seeds = args.seeds if label.startswith("filter") else 1
+            smc = SMC(method, num_particles=count, num_runs=seeds, progress_bar=False)
             smc.run(jax.random.fold_in(jax.random.key(1), number), lm, prm, prompt,
                     max_steps=MAX_STEPS)  # fmt: skip
-            found = read(smc, lm, args.seeds, count)
-            tokens[label] = tokens.get(label, 0.0) + smc.cost["tokens"] / args.seeds
+            found = read(smc, lm, seeds, count)
+            tokens[label] = tokens.get(label, 0.0) + smc.cost["tokens"] / seeds
             if label.startswith("filter"):
                 note(right, label, problem, [answers.weighted_majority(*run) for run in found])
                 if count == 1:
@@ -82,7 +84,8 @@ def main() -> None:
         if (number + 1) % 20 == 0:
             accuracy = {k: round(float(np.mean(v)), 3) for k, v in right.items()}
             print(number + 1, accuracy, f"{time.perf_counter() - started:.0f} s", flush=True)
-    report(args, right, tokens, steps_right / steps_tried, time.perf_counter() - started)
+            # also what is there so far, so that an interrupted run is not lost
+            report(args, right, tokens, steps_right / steps_tried, time.perf_counter() - started)
 
 
 def read(smc: SMC, lm, num_runs: int, count: int) -> list[tuple]:
@@ -122,7 +125,8 @@ def interval(rows: np.ndarray, draws: int = 10_000) -> list[float]:
 def report(args, right: dict, tokens: dict, step_accuracy: float, seconds: float) -> None:
     """Print the table and write the result file."""
     rows = {label: np.asarray(values, float).mean(axis=1) for label, values in right.items()}
-    used = {label: tokens.get(label, tokens["independent, 16"]) / args.problems for label in rows}
+    done = len(next(iter(rows.values())))
+    used = {label: tokens.get(label, tokens["independent, 16"]) / done for label in rows}
     table = {
         label: {
             "accuracy": float(row.mean()),
@@ -141,8 +145,9 @@ def report(args, right: dict, tokens: dict, step_accuracy: float, seconds: float
             "python": platform.python_version(),
             **{n: importlib.metadata.version(n) for n in ("jax", "numpyro", "flax", "smcscale")},
         },
-        "problems": args.problems,
+        "problems": done,
         "seeds": args.seeds,
+        "seeds of the 16 samples": 1,
         "problem seed": PROBLEM_SEED,
         "right step of one sample": step_accuracy,
         "methods": table,

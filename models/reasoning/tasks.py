@@ -9,10 +9,9 @@ one line per sentence (`Ana: 14 + 7 = 21`) and ends with `Answer: N`.
     grade(text, problem)           -> bool        the final answer is right
     right_steps(text, problem)     -> list[bool]  each written step is right, given the story
 
-Splits: `"test"` stories use sentence templates and number ranges that `"train"` stories never
-use.  A test story has at least two sentences from `HELD_OUT` templates (every other sentence is
-one with probability 1/4); its numbers come from the whole range, `HELD_OUT_NUMBERS` included,
-which no training story mentions (one test story in four starts from one of them).  Read next: `tokenizer.py`.
+Splits: `"test"` stories use sentence templates and numbers that `"train"` stories never use: two
+sentences of a test story come from `HELD_OUT` templates, and its numbers from the whole range,
+`HELD_OUT_NUMBERS` included, which no training story mentions.  Read next: `tokenizer.py`.
 """
 
 import random
@@ -123,20 +122,18 @@ def problem(
     people = rng.sample(WOMEN + MEN, 6)
     held_out = set(rng.sample(range(num_steps), 2)) if split == "test" else set()
 
-    def number(low: int, high: int, start: bool = False) -> int:
-        if split == "test" and start and rng.random() < 0.25:
-            return rng.choice(HELD_OUT_NUMBERS)
+    def number(low: int, high: int) -> int:
         while (drawn := rng.randint(low, high)) in held_out_numbers and split == "train":
             pass
         return drawn
 
     def templates(operation: str, position: int) -> Sequence[str]:
-        if split == "test" and (position in held_out or rng.random() < 0.25):
+        if position in held_out:
             return HELD_OUT[operation]
         return TRAIN[operation]
 
     focus, others = people[0], people[1:]
-    amounts = {focus: number(5, 60, start=True)}
+    amounts = {focus: number(5, 60)}
     sentences = [rng.choice(templates("start", -1)).format(p=focus, n=noun, k=amounts[focus])]
     steps: list[str] = []
     new_focus = True
