@@ -147,17 +147,20 @@ def measure(workers: dict[str, Worker], sizes: list[int], repeats: int) -> list[
     for size in sizes:
         steps = NUM_STEPS[size]
         seconds = {name: [] for name in workers}
+        cpu = {name: [] for name in workers}
         evidence = {name: [] for name in workers}
         for repeat in range(-1, repeats):  # the first, which compiles, is not counted
             for name, worker in workers.items():
                 answer = worker.ask(size, steps, seed=repeat + 1)
                 if repeat >= 0:
                     seconds[name].append(answer["seconds"])
+                    cpu[name].append(answer["cpu_seconds"])
                     evidence[name].append(answer["log_evidence"])
         row = {
             "num_particles": size,
             "num_steps": steps,
             "seconds": {name: spread(values) for name, values in seconds.items()},
+            "cpu_seconds": {name: spread(values) for name, values in cpu.items()},
             "ratio": {},
             "log_evidence": {
                 name: {"mean": statistics.fmean(v), "sd": float(np.std(v, ddof=1))}
@@ -183,7 +186,8 @@ def show(row: dict) -> None:
         low, high = times["quartiles"]
         print(
             f"  {LABELS[name]:42s} {times['median'] * 1e3:9.1f} ms  ({low * 1e3:.1f} to "
-            f"{high * 1e3:.1f})  {text}   log Z {row['log_evidence'][name]['mean']:.2f}",
+            f"{high * 1e3:.1f})  {text}   cpu {row['cpu_seconds'][name]['range'][0] * 1e3:.1f} ms at "
+            f"best   log Z {row['log_evidence'][name]['mean']:.2f}",
             flush=True,
         )
 
