@@ -12,7 +12,7 @@ from support.exact import Exact
 
 #: particles and replicates of a cell
 NUM_PARTICLES = 80
-NUM_RUNS = 5000
+NUM_RUNS = 6500
 
 TRIGGERS = {
     "never": triggers.never,

@@ -103,7 +103,7 @@ def hmm_guide(y):
     x0 = numpyro.sample("x0", dist.Categorical(jnp.array([0.5, 0.5])))
 
     def step(x, y_t):
-        x = numpyro.sample("x", dist.Categorical(_MOVE[x] * _likelihood(y_t)))
+        x = numpyro.sample("x", dist.Categorical(logits=jnp.log(_MOVE[x] * _likelihood(y_t))))
         return x, None
 
     scan(step, x0, y[1:])
