@@ -120,9 +120,8 @@ class FromEntropy(eqx.Module):
         weights = normalize(log_weights)
         logs = jnp.log(jnp.where(weights > 0, weights, 1))
         entropy = -jnp.sum(weights * logs) / jnp.log(jnp.asarray(weights.size, weights.dtype))
-        spread = entropy + (1 - entropy) * progress
-        # before the first row a single survivor would give 1 / 0
-        return jnp.maximum(1, 1 / jnp.maximum(spread, 1 / weights.size))
+        # before the first row a single survivor gives 1 / 0: an infinite temperature, beta 0
+        return jnp.maximum(1, 1 / (entropy + (1 - entropy) * progress))
 
 
 class FromProgress(eqx.Module):

@@ -6,7 +6,7 @@ engine runs them all. Start with `SMC(ParticleFilter(program), num_particles=...
 
 from smcscale.engine.filter import ParticleFilter
 from smcscale.feynman_kac import Capabilities, FeynmanKac, Weighted
-from smcscale.ledger import spend
+from smcscale.program.spend import spend
 from smcscale.run import SMC
 
 __all__ = ["SMC", "Capabilities", "FeynmanKac", "ParticleFilter", "Weighted", "spend"]

@@ -102,8 +102,10 @@ def largest_beta(
 #: Numbers added by one matrix product: float32 holds their sums exactly, and 32 was the fastest of
 #: 16 to 128 on CPU; rows that need no padding, such as 40 for N = 1000, were slower.
 _ROW = 32
-#: Units of the fractional part of a count: a row of them, offset and correction stay below 2**24.
-PARTS = 1 << 17
+#: Units of a fractional part while summing: a row of them stays below 2**24, which float32 holds.
+_UNITS = 1 << 17
+#: Units of a fractional part of `Counts`.
+PARTS = 1 << 30
 #: Largest number of particles whose counts float32 holds exactly.
 MOST = 1 << 24
 
@@ -126,13 +128,6 @@ def prefix_sum(values: Int32[Array, " N"]) -> Int32[Array, " N"]:
     return _flat(sums, values.size)
 
 
-def running_parts(part: Int32[Array, " N"]) -> Counts:
-    """Running sums of fractional parts in units of `1 / PARTS`."""
-    rows = _rows(part.astype(jnp.float32))
-    sums = _carry(*_running(jnp.zeros_like(rows), rows))
-    return Counts(*(_flat(x, part.size) for x in sums))
-
-
 def cumulative_counts(log_weights: LogWeights, n: int) -> Counts:
     """Running sums of the expected offspring `n * weights`, exact for ten million particles.
 
@@ -141,7 +136,7 @@ def cumulative_counts(log_weights: LogWeights, n: int) -> Counts:
         n: the total.
     Returns:
         counts: `(N,)`, nondecreasing; from the last living particle on exactly `(n, 0)`; equal to
-        the one before where a particle is dead. Each weight counts to the nearest `1 / PARTS`.
+        the one before where a particle is dead. Good to `n 2**-40`, whatever N.
     Raises:
         ValueError: at trace time, when N or n is above `2**24`.
     """
@@ -150,27 +145,36 @@ def cumulative_counts(log_weights: LogWeights, n: int) -> Counts:
             f"smcscale: offspring of {log_weights.size} particles for {n} cannot be counted "
             f"exactly; at most {MOST} can.\n  try: SMC(..., num_islands=M)."
         )
-    return scaled_prefix_sum(jnp.exp(log_weights - jnp.max(log_weights)), n)
+    return scaled_prefix_sum(jnp.exp(log_weights - jnp.max(log_weights)), n, n)
 
 
-def scaled_prefix_sum(values: Float[Array, " N"], total: int | Int32[Array, ""]) -> Counts:
-    """Running sums of nonnegative numbers, scaled so that the last one is exactly `total`.
+def scaled_prefix_sum(
+    values: Float[Array, " N"], total: int | Int32[Array, ""], most: int
+) -> Counts:
+    """Running sums of nonnegative numbers, scaled so that the last one is exactly `total <= most`.
 
     A float32 sum of 1e7 has a spacing of 1, so whole and fractional parts are added apart, each as
     integers that float32 holds exactly. What the float sum of all got wrong is spread over them.
     """
-    expected = _rows(values) * (total / jnp.sum(values))
+    shift = max(0, (MOST // 2 // most).bit_length() - 1)  # finer, as far as float32 holds them
+    fine = total * 2**shift
+    expected = _rows(values) * (fine / jnp.sum(values))
     whole = jnp.floor(expected)
-    part = jnp.round((expected - whole) * PARTS)
+    part = jnp.round((expected - whole) * _UNITS)
     whole, part = _running(whole.astype(jnp.float32), part.astype(jnp.float32))
-    position = whole + part / PARTS
-    # two units more, so that the last one does not fall short by rounding
-    missing = (total - whole[-1, -1]) * PARTS - part[-1, -1] + 2
+    position = whole + part / _UNITS
+    # a few units more, so that the last one does not fall short by rounding
+    missing = (fine - whole[-1, -1]) * _UNITS - part[-1, -1] + 4
     # an integer, so that equal sums stay equal and the order is kept
-    part += jnp.floor(position * (missing / jnp.maximum(position[-1, -1], 1 / PARTS)))
+    part += jnp.floor(position * (missing / jnp.maximum(position[-1, -1], 1)))
     whole, part = _carry(whole, part)
-    part = jnp.where(whole < total, part, 0)
-    return Counts(*(_flat(x, values.size) for x in (jnp.minimum(whole, total), part)))
+    part = jnp.where(whole < fine, part, 0)
+    whole = jnp.minimum(whole, fine)
+    whole, part = _flat(whole, values.size), _flat(part, values.size)
+    # `shift` bits of the whole belong to the part, of `part` as many as still fit
+    spare = PARTS.bit_length() - _UNITS.bit_length() - shift
+    part = part << spare if spare >= 0 else part >> -spare
+    return Counts(whole >> shift, (whole % 2**shift) * (PARTS >> shift) + part)
 
 
 def _rows(values: Shaped[Array, " N"]) -> Shaped[Array, "rows columns"]:
@@ -188,8 +192,8 @@ def _carry(*sums: Float[Array, "*N"]) -> tuple[Float[Array, "*N"], ...]:
     if len(sums) == 1:
         return sums
     whole, part = sums
-    carried = jnp.floor(part * (1 / PARTS))
-    return whole + carried, part - carried * PARTS
+    carried = jnp.floor(part / _UNITS)
+    return whole + carried, part - carried * _UNITS
 
 
 def _running(*kinds: Float[Array, "rows columns"]) -> tuple[Float[Array, "rows columns"], ...]:

@@ -26,7 +26,6 @@ from smcscale.weights import (
     Counts,
     cumulative_counts,
     prefix_sum,
-    running_parts,
     scaled_prefix_sum,
 )
 
@@ -103,10 +102,11 @@ def residual(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
         `ancestors`.
     Source: Liu & Chen 1998.
     """
-    sure, remainder = _split(cumulative_counts(log_weights, n))
-    remaining = running_parts(remainder)
+    counts = cumulative_counts(log_weights, n)
+    sure = prefix_sum(_split(counts)[0])
+    remaining = Counts(counts.whole - sure, counts.part)
     drawn = _points_below(key, remaining, remaining.whole[-1], n)
-    return _ancestors(prefix_sum(sure) + drawn, n)
+    return _ancestors(sure + drawn, n)
 
 
 def ssp(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
@@ -136,7 +136,7 @@ def ssp(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
         (i, j), (p, q) = item.reshape(size, 2).T, part.reshape(size, 2).T
         full = p + q >= PARTS
         # full: i closes at one and j stays open; else i stays open and j closes at zero
-        chance = jnp.where(full, PARTS - q, p) / jnp.where(full, 2 * PARTS - p - q, p + q)
+        chance = jnp.where(full, PARTS - q, p) / jnp.where(full, PARTS - p + (PARTS - q), p + q)
         first = uniforms[size : 2 * size] < chance  # 0 / 0: false, and both have nothing
         raised = raised.at[jnp.where(first, i, j)].add(full.astype(jnp.int32))
         item, part = jnp.where(first != full, i, j), p + q - full * PARTS
@@ -201,7 +201,7 @@ def _points_below(
     """How many of `num_points <= n` sorted uniform points in `[0, counts[-1])` lie below each."""
     cells = counts.whole[-1]
     gaps = jax.random.exponential(key, (n + 1,), jnp.float32)
-    points = scaled_prefix_sum(jnp.where(jnp.arange(n + 1) <= num_points, gaps, 0), cells)
+    points = scaled_prefix_sum(jnp.where(jnp.arange(n + 1) <= num_points, gaps, 0), cells, n)
     # before[c]: points in the cells before c; inside a cell there are few, found by bisection
     before = prefix_sum(jnp.zeros(n + 2, jnp.int32).at[points.whole + 1].add(1, mode="drop"))
     low = before.at[counts.whole].get(mode="clip")

@@ -29,10 +29,10 @@ import numpyro
 from jaxtyping import Array, Float
 from numpyro.contrib.control_flow import scan
 
-from smcscale import ledger
 from smcscale.models.reasoning.decode import Prompted
 from smcscale.models.reasoning.language_model import LanguageModel
 from smcscale.models.reasoning.reward_model import ProcessRewardModel
+from smcscale.program.spend import spend
 
 CLIP = 1e-6
 
@@ -109,7 +109,7 @@ def reason(
         over = text.finished
         text = numpyro.sample("step", lm.next_step(text))
         judged = prm.read(judged, text, lm.step_tokens)
-        ledger.spend(tokens=text.step_length, prm_tokens=text.step_length)
+        spend(tokens=text.step_length, prm_tokens=text.step_length)
         numpyro.deterministic("score", judged.score)
         weight = potential(judged.previous, judged.score)
         if finished == "absorb":

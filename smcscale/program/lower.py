@@ -8,31 +8,18 @@ what the three have in common.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from smcscale.feynman_kac import FeynmanKac, Weighted
 from smcscale.noise import depends
 from smcscale.program import scan
-from smcscale.program.scan import Row, Site
-
-
-class ProgramState(eqx.Module):
-    """The state of one particle of a program.
-
-    Attributes:
-        before: latent values drawn before the loop, by site.
-        carry: the loop's carry, which the next row reads.
-        guide: the guide's carry, None without a guide.
-        sites: latents and deterministics of the row just made, by site.
-    """
-
-    before: dict[str, Any]
-    carry: PyTree
-    guide: PyTree
-    sites: dict[str, Any]
+from smcscale.program.guide import align, same_sites
+from smcscale.program.missing import joint_dims, scored_elements
+from smcscale.program.scan import Row
+from smcscale.program.state import ProgramState, arrays, kept, latents_of, log_density
+from smcscale.program.tail import tail_of
 
 
 class Lowered(NamedTuple):
@@ -94,12 +81,12 @@ def lower(
 
     def opening(key: Any) -> scan.Visited:
         """The program up to its loop, latents drawn by the guide where it has them."""
-        return head(key, {} if guide is None else _latents(guide_head(key, {})))
+        return head(key, {} if guide is None else latents_of(guide_head(key, {})))
 
     dummy = jax.random.key(0)
     visited = opening(dummy)
     loop = visited.loop
-    latents = list(_latents(visited))
+    latents = list(latents_of(visited))
     _refuse_random_rows(lambda key: opening(key).loop.xs, function)
     guide_rows = None
     if guide is not None:
@@ -143,11 +130,11 @@ def lower(
 
     def first_row(key: Any) -> tuple[scan.Visited, scan.Visited]:
         start = opening(key)
-        previous = ProgramState(_latents(start), start.loop.init, None, {})
+        previous = ProgramState(latents_of(start), start.loop.init, None, {})
         given: dict = {}
         if guide is not None:
             proposed = guide_head(key, {}).loop.init
-            given = _latents(
+            given = latents_of(
                 guide_body(key, ProgramState(previous.before, None, proposed, {}), first)
             )
         return start, body(key, previous, first, given)
@@ -155,13 +142,13 @@ def lower(
     def probe(key: Any) -> tuple:
         start, seen = first_row(key)
         kinds.update({n: s.kind for n, s in seen.sites.items()})
-        return start.loop.init, seen.carry, seen.output, _latents(start), _kept(seen.sites)
+        return start.loop.init, seen.carry, seen.output, latents_of(start), kept(seen.sites)
 
     found = jax.eval_shape(probe, dummy)
     init_type, carry_type, output_type, before_type, sites_type = found
     row_latents = [n for n, kind in kinds.items() if kind == "latent"]
     if guide is not None:
-        _align(guide_head, guide_body, opening, first_row, latents, row_latents, first, dummy)
+        align(guide_head, guide_body, opening, first_row, latents, row_latents, first, dummy)
     carry_type = _carry_type(init_type, carry_type)
 
     def as_carry(carry: Any) -> Any:
@@ -174,7 +161,7 @@ def lower(
     outputs_type = jax.tree.map(
         lambda t: jax.ShapeDtypeStruct((num_steps, *t.shape), t.dtype), output_type
     )
-    tail = _tail(function, args, kwargs, before_type, carry_type, outputs_type, set(kinds))
+    tail = tail_of(function, args, kwargs, before_type, carry_type, outputs_type, set(kinds))
 
     def initial(key: Any) -> Weighted:
         increment = jnp.zeros(())
@@ -182,12 +169,13 @@ def lower(
         given: dict = {}
         if guide is not None:
             proposed = guide_head(jax.random.fold_in(key, 0), {})  # site keys count from 1
-            guide_carry = _arrays(proposed.loop.init)
-            given = _latents(proposed)
-            increment -= _total(proposed.sites, "latent")
+            guide_carry = arrays(proposed.loop.init)
+            given = latents_of(proposed)
+            increment -= log_density(proposed.sites, "latent")
         start = head(key, given)
         sites = start.sites
-        increment += _total({n: sites[n] for n in given}, "latent") + _total(sites, "observed")
+        increment += log_density({n: sites[n] for n in given}, "latent")
+        increment += log_density(sites, "observed")
         before = {n: sites[n].value for n in latents}
         state = ProgramState(before, as_carry(start.loop.init), guide_carry, blank_sites())
         return Weighted(state, increment)
@@ -195,52 +183,52 @@ def lower(
     def transition(key: Any, previous: ProgramState, at: Row) -> ProgramState | Weighted:
         if guide is None and proposal is None:
             seen = body(key, previous, at, {})
-            return ProgramState(previous.before, as_carry(seen.carry), None, _kept(seen.sites))
+            return ProgramState(previous.before, as_carry(seen.carry), None, kept(seen.sites))
         guide_carry = None
         if guide is not None:
             proposed = guide_body(key, previous, at)
-            guide_carry = _arrays(proposed.carry)
-            drawn = _latents(proposed)
-            log_q = _total(proposed.sites, "latent")
+            guide_carry = arrays(proposed.carry)
+            drawn = latents_of(proposed)
+            log_q = log_density(proposed.sites, "latent")
         else:
             drawn = proposal.sample(key, previous.carry, at.row)
-            _same_sites("the proposal", drawn, row_latents)
+            same_sites("the proposal", drawn, row_latents)
             log_q = proposal.log_prob(previous.carry, drawn, at.row)
         seen = body(None, previous, at, drawn)
-        state = ProgramState(previous.before, as_carry(seen.carry), guide_carry, _kept(seen.sites))
-        return Weighted(state, _total(seen.sites, "latent") - log_q)
+        state = ProgramState(previous.before, as_carry(seen.carry), guide_carry, kept(seen.sites))
+        return Weighted(state, log_density(seen.sites, "latent") - log_q)
 
     def missing() -> dict:
         def look(at: Row) -> dict:
             start = opening(dummy)
             carry = as_carry(start.loop.init)
-            seen = scan.row(function, args, kwargs, dummy, _latents(start), carry, at, drawn_row)
+            seen = scan.row(function, args, kwargs, dummy, latents_of(start), carry, at, drawn_row)
             found = {}
             for name, site in seen.sites.items():
                 dtype = getattr(site.value, "dtype", jnp.int32)
                 if site.kind == "observed" and jnp.issubdtype(dtype, jnp.inexact):
-                    absent = jnp.isnan(site.value) & scan.scored_elements(site.fn)
-                    events = tuple(range(-scan.joint_dims(site.fn), 0))
+                    absent = jnp.isnan(site.value) & scored_elements(site.fn)
+                    events = tuple(range(-joint_dims(site.fn), 0))
                     part = jnp.any(absent, axis=events) & ~jnp.all(absent, axis=events)
                     found[name] = (jnp.any(absent), jnp.any(part))
             return found
 
-        drawn_row = _latents(first_row(dummy)[1])
+        drawn_row = latents_of(first_row(dummy)[1])
         return jax.lax.map(look, inputs)
 
     def forecast(key: Any, state: ProgramState, at: Row) -> tuple[ProgramState, dict]:
         seen = scan.row(
             function, args, kwargs, key, state.before, state.carry, at, {}, forecast=True
         )
-        drawn = {n: _arrays(s.value) for n, s in seen.sites.items() if s.kind != "observed"}
-        kept = {n: drawn[n] for n in state.sites}
-        return ProgramState(state.before, as_carry(seen.carry), state.guide, kept), drawn
+        drawn = {n: arrays(s.value) for n, s in seen.sites.items() if s.kind != "observed"}
+        shown = {n: drawn[n] for n in state.sites}
+        return ProgramState(state.before, as_carry(seen.carry), state.guide, shown), drawn
 
     def replay(previous: ProgramState, state: ProgramState, at: Row) -> scan.Visited:
         return body(None, previous, at, {n: state.sites[n] for n in row_latents})
 
     def log_potential(previous: ProgramState, state: ProgramState, at: Row) -> Array:
-        total = _total(replay(previous, state, at).sites, "observed")
+        total = log_density(replay(previous, state, at).sites, "observed")
         if tail is not None and tail.observed:
             total += jax.lax.cond(
                 at.last, tail.log_potential, lambda _: jnp.zeros_like(total), state
@@ -248,7 +236,7 @@ def lower(
         return total
 
     def log_transition(previous: ProgramState, state: ProgramState, at: Row) -> Array:
-        return _total(replay(previous, state, at).sites, "latent")
+        return log_density(replay(previous, state, at).sites, "latent")
 
     def cost(previous: ProgramState, state: ProgramState, at: Row) -> dict:
         return replay(previous, state, at).costs
@@ -262,7 +250,7 @@ def lower(
 
     def readout(state: ProgramState) -> tuple[dict, dict]:
         start = head(None, state.before)
-        return _kept(start.sites), {} if tail is None else tail.deterministics(state)
+        return kept(start.sites), {} if tail is None else tail.deterministics(state)
 
     model = FeynmanKac(
         initial,
@@ -295,63 +283,6 @@ def heavy_names(sites: dict) -> tuple[str, ...] | None:
     return tuple(names) or None
 
 
-class _Tail(NamedTuple):
-    observed: bool
-    log_potential: Callable[[ProgramState], Array]
-    deterministics: Callable[[ProgramState], dict]
-
-
-def _tail(
-    function: Callable,
-    args: tuple,
-    kwargs: dict,
-    before_type: dict,
-    carry_type: Any,
-    outputs_type: Any,
-    taken: set[str],
-) -> _Tail | None:
-    """The sites after the loop, which may read the final carry but not the stacked outputs."""
-
-    def run(before: dict, carry: Any, ys: Any) -> dict[str, Site]:
-        return scan.after(function, args, kwargs, before, carry, ys)
-
-    def zeros(types: Any) -> Any:
-        return jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), types)
-
-    def values(before: dict, carry: Any, ys: Any) -> dict:
-        sites = run(before, carry, ys)
-        return {n: s.log_prob() if s.log_prob else s.value for n, s in sites.items()}
-
-    found = jax.eval_shape(lambda b, c: values(b, c, zeros(outputs_type)), before_type, carry_type)
-    if not found:
-        return None
-    for name in found:
-        if name in taken:
-            raise ValueError(scan.two_sites(name))
-    read = depends(lambda ys: values(zeros(before_type), zeros(carry_type), ys), outputs_type)
-    if read:
-        raise NotImplementedError(
-            f"smcscale: the sites after the loop ({', '.join(found)}) read the loop's stacked "
-            "outputs; a particle filter has only the final carry there.\n"
-            "  try: keep what they need in the carry."
-        )
-    names: dict[str, str] = {}
-
-    def kinds(before: dict, carry: Any) -> None:
-        names.update({n: s.kind for n, s in run(before, carry, zeros(outputs_type)).items()})
-
-    jax.eval_shape(kinds, before_type, carry_type)
-
-    def sites_of(state: ProgramState) -> dict[str, Site]:
-        return run(state.before, state.carry, zeros(outputs_type))
-
-    return _Tail(
-        "observed" in names.values(),
-        lambda state: _total(sites_of(state), "observed"),
-        lambda state: {n: s.value for n, s in sites_of(state).items() if s.kind == "deterministic"},
-    )
-
-
 def _refuse_random_rows(rows: Callable, function: Callable) -> None:
     if depends(rows, jax.eval_shape(lambda: jax.random.key(0))):
         name = getattr(function, "__name__", type(function).__name__)
@@ -359,87 +290,6 @@ def _refuse_random_rows(rows: Callable, function: Callable) -> None:
             f'smcscale: the rows that program "{name}" scans over depend on latent sites.\n'
             "  try: draw inside the loop's body, or read the latent by its index from the closure."
         )
-
-
-def _align(
-    guide_head: Callable,
-    guide_body: Callable,
-    opening: Callable,
-    first_row: Callable,
-    latents: list[str],
-    row_latents: list[str],
-    first: Row,
-    key: Any,
-) -> None:
-    """The guide must have the program's latent sites, in their shapes, by an abstract run."""
-    names: dict[str, list[str]] = {}
-
-    def names_of(key: Any) -> None:
-        start = guide_head(key, {})
-        names["before"] = list(_latents(start))
-        before = _latents(opening(key))
-        seen = guide_body(key, ProgramState(before, None, start.loop.init, {}), first)
-        names["row"] = list(_latents(seen))
-
-    jax.eval_shape(names_of, key)
-    extra = [n for n in names["before"] if n not in latents]
-    if extra:
-        raise ValueError(
-            f"smcscale: the guide draws {_quoted(extra)} before the loop, which the program does "
-            f"not (it has {_quoted(latents) or 'none'}).\n  try: the same site names in both."
-        )
-    _same_sites("the guide", names["row"], row_latents)
-
-    def check_shapes(key: Any) -> None:
-        for visited in first_row(key):
-            for name, site in visited.sites.items():
-                shape = getattr(site.value, "shape", None)
-                if site.kind == "latent" and shape != site.shape:
-                    raise ValueError(
-                        f'smcscale: the guide draws site "{name}" in shape {shape}; the program has '
-                        f"it in shape {site.shape}.\n  try: the same shapes in both."
-                    )
-
-    jax.eval_shape(check_shapes, key)
-
-
-def _same_sites(who: str, found: Any, wanted: list[str]) -> None:
-    missing = [n for n in wanted if n not in found]
-    extra = [n for n in found if n not in wanted]
-    if missing or extra:
-        what = [f"lacks {_quoted(missing)}"] if missing else []
-        what += [f"has {_quoted(extra)}, which the program lacks"] if extra else []
-        raise ValueError(
-            f"smcscale: {who} {' and '.join(what)} inside the loop.\n"
-            f"  try: the latent sites of the program's body, {_quoted(wanted)}."
-        )
-
-
-def _quoted(names: list[str]) -> str:
-    return ", ".join(f'"{n}"' for n in names)
-
-
-def _total(sites: dict[str, Site], kind: str) -> Array:
-    """Summed log density of the sites of a kind."""
-    total = jnp.zeros(())
-    for site in sites.values():
-        if site.kind == kind and site.log_prob is not None:
-            total += site.log_prob()
-    return total
-
-
-def _latents(visited: scan.Visited) -> dict[str, Any]:
-    """Values of the latent sites of a visit."""
-    return {n: s.value for n, s in visited.sites.items() if s.kind == "latent"}
-
-
-def _kept(sites: dict[str, Site]) -> dict:
-    """Values that results show: latents and deterministics."""
-    return {n: _arrays(s.value) for n, s in sites.items() if s.kind != "observed"}
-
-
-def _arrays(tree: Any) -> Any:
-    return jax.tree.map(jnp.asarray, tree)
 
 
 def _carry_type(init: Any, out: Any) -> Any:

@@ -18,6 +18,8 @@ from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger, plate
 
 from smcscale import ledger
+from smcscale.program.missing import is_auxiliary, mask_missing
+from smcscale.program.refusals import nested_latent, no_loop, two_sites, whole_path
 
 _PATHS = tuple(
     getattr(dist, name)
@@ -126,7 +128,7 @@ def after(function: Callable, args: tuple, kwargs: dict, static: dict, carry: An
     with _plates_admit_loops(), visit:
         function(*args, **kwargs)
     if visit.loop is None:
-        raise ValueError(_no_loop(function, visit.sites))
+        raise ValueError(no_loop(function, visit.sites))
     return visit.sites
 
 
@@ -217,21 +219,21 @@ class Visit(Messenger):
         name, fn = msg["name"], msg["fn"]
         key = self._next_key()
         if isinstance(fn, _PATHS) and msg["value"] is None:
-            raise NotImplementedError(_whole_path(name, fn))
+            raise NotImplementedError(whole_path(name, fn))
         if self.nested:
             # a scan inside the body: NumPyro has run it, its sites come by stacked
             if not msg["is_observed"]:
-                raise NotImplementedError(_nested(name))
+                raise NotImplementedError(nested_latent(name))
             return
         if msg["value"] is not None and msg.get("_created_empty") and self.inside:
             # fixed by the user's condition or substitute, for the whole path
             assert self.at is not None and self.loop is not None
             msg["value"] = _at_row(msg, self.at.time, self.loop.length)
         if msg["value"] is not None:
-            if self.inside and self.forecast and not _is_auxiliary(msg):
+            if self.inside and self.forecast and not is_auxiliary(msg):
                 msg["value"], msg["_latent"] = self._draw(msg, key), True
-            elif self.inside and self.nan_is_missing and not _is_auxiliary(msg):
-                _mask_missing(msg)
+            elif self.inside and self.nan_is_missing and not is_auxiliary(msg):
+                mask_missing(msg)
             return
         given = self.in_row if self.inside else self.given
         if self.loop is not None and not self.inside:
@@ -329,7 +331,7 @@ def _run(visit: Visit, function: Callable, args: tuple, kwargs: dict) -> Visited
     except _LoopReached:
         assert visit.visited is not None
         return visit.visited
-    raise ValueError(_no_loop(function, visit.sites))
+    raise ValueError(no_loop(function, visit.sites))
 
 
 def _num_rows(xs: Any, length: Any) -> int:
@@ -377,46 +379,6 @@ def _at_row(msg: Any, time: Any, length: int) -> Any:
     )
 
 
-def _is_auxiliary(msg: Any) -> bool:
-    return bool((msg["infer"] or {}).get("is_auxiliary"))
-
-
-def _mask_missing(msg: Any) -> None:
-    """NaN elements of an observation count as missing: masked, and scored as a number."""
-    value = msg["value"]
-    if not jnp.issubdtype(getattr(value, "dtype", jnp.int32), jnp.inexact):
-        return
-    present = ~jnp.isnan(value)
-    msg["_with_nan"] = value
-    msg["value"] = jnp.where(present, value, 0.0)
-    msg["fn"] = _masked(msg["fn"], present)
-
-
-def _masked(fn: Any, present: Any) -> Any:
-    if isinstance(fn, dist.Independent):
-        return dist.Independent(_masked(fn.base_dist, present), fn.reinterpreted_batch_ndims)
-    return fn.mask(jnp.all(present, axis=tuple(range(-fn.event_dim, 0))))
-
-
-def scored_elements(fn: Any) -> Any:
-    """Which elements of a value a density looks at, by its masks; broadcasts to the value."""
-    if isinstance(fn, dist.MaskedDistribution):
-        mask = jnp.asarray(fn._mask)
-        return mask.reshape(*mask.shape, *(1,) * fn.event_dim) & scored_elements(fn.base_dist)
-    if isinstance(fn, dist.Independent | dist.ExpandedDistribution):
-        return scored_elements(fn.base_dist)
-    return jnp.asarray(True)
-
-
-def joint_dims(fn: Any) -> int:
-    """Trailing dimensions of a value that a density takes as one event, independent ones apart."""
-    return joint_dims(fn.base_dist) if isinstance(fn, dist.Independent) else fn.event_dim
-
-
-def two_sites(name: str) -> str:
-    return f'smcscale: two sites are named "{name}".\n  try: a name for each, or `scope`.'
-
-
 @contextmanager
 def _plates_admit_loops() -> Iterator[None]:
     """NumPyro refuses a scan under a plate before outer handlers see it; here it is one joint state."""
@@ -431,32 +393,3 @@ def _plates_admit_loops() -> Iterator[None]:
         yield
     finally:
         plate.process_message = original
-
-
-def _whole_path(name: str, fn: Any) -> str:
-    return (
-        f'smcscale: site "{name}" ({type(fn).__name__}) draws a whole path at once.\n'
-        "  try: the same model as a loop over time:\n"
-        "    def step(x, y):\n"
-        f'        x = numpyro.sample("{name}", dist.Normal(x, scale))\n'
-        '        numpyro.sample("y", dist.Normal(x, noise), obs=y)\n'
-        "        return x, None\n"
-        "    numpyro.contrib.control_flow.scan(step, x0, y)"
-    )
-
-
-def _nested(name: str) -> str:
-    return (
-        f'smcscale: latent site "{name}" is inside a scan inside the loop.\n'
-        "  try: a plate, or one loop whose carry holds the inner state."
-    )
-
-
-def _no_loop(function: Callable, sites: dict[str, Site]) -> str:
-    name = getattr(function, "__name__", type(function).__name__)
-    return (
-        f'smcscale: program "{name}" has no time loop '
-        f"(sites: {', '.join(sites) or 'none'}).\n"
-        "  try: numpyro.contrib.control_flow.scan over the observations; for a model without time, "
-        "NumPyro's MCMC."
-    )

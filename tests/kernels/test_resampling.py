@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from smcscale.kernels import resampling
 from support import contracts
 from support.contracts import RESAMPLING, offspring, weights_of
 from support.montecarlo import assert_mean
-
-from smcscale.kernels import resampling
 
 MEMBERS = pytest.mark.parametrize("name", RESAMPLING)
 
@@ -78,7 +78,8 @@ def test_systematic_counts_within_one(num_particles):
 
 @pytest.mark.parametrize("name", ["systematic", "stratified", "residual", "ssp", "killing"])
 def test_equal_weights_keep_everyone(name):
-    ancestors = RESAMPLING[name].kernel(jax.random.key(0), jnp.zeros(37), 37)
+    run = jax.jit(RESAMPLING[name].kernel, static_argnums=2)
+    ancestors = run(jax.random.key(0), jnp.zeros(37), 37)
     np.testing.assert_array_equal(np.asarray(ancestors), np.arange(37))
 
 
@@ -157,7 +158,8 @@ def test_variance_of_a_sum_by_scheme():
 
 def test_killing_keeps_survivors_in_place():
     log_weights = jnp.asarray([0.0, -jnp.inf] * 8)
-    ancestors = np.asarray(resampling.killing(jax.random.key(0), log_weights, 16))
+    run = jax.jit(resampling.killing, static_argnums=2)
+    ancestors = np.asarray(run(jax.random.key(0), log_weights, 16))
     np.testing.assert_array_equal(ancestors[::2], np.arange(0, 16, 2))
     assert (ancestors[1::2] % 2 == 0).all()
     assert len(set(ancestors[1::2])) > 2

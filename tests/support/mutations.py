@@ -104,14 +104,14 @@ MUTATIONS = [
     Mutation(
         "a guided initial state without its ratio",
         "smcscale/program/lower.py",
-        'increment += _total({n: sites[n] for n in given}, "latent") + _total(sites, "observed")',
-        'increment = _total(sites, "observed")',
+        'increment += log_density({n: sites[n] for n in given}, "latent")',
+        "increment += 0.0",
         f"{_EVIDENCE} 'guided and always'",
     ),
     Mutation(
         "a guided step without the prior's density",
         "smcscale/program/lower.py",
-        'return Weighted(state, _total(seen.sites, "latent") - log_q)',
+        'return Weighted(state, log_density(seen.sites, "latent") - log_q)',
         "return Weighted(state, -log_q)",
         f"{_EVIDENCE} 'guided and always'",
     ),
