@@ -13,7 +13,7 @@ STAMPS := $(VENV)/.stamps
 PYTEST := $(PY) -m pytest --quiet
 PLAIN := not slow and not grid
 # what `make test` runs, in this order, each timed
-STEPS := lint types test-all float64 devices mutants-quick wheel
+STEPS := lint types test-all
 TIMES := $(STAMPS)/times
 
 .DEFAULT_GOAL := help
