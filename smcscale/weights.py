@@ -102,7 +102,6 @@ def largest_beta(
 #: Numbers added by one matrix product: float32 holds their sums exactly, and 32 was the fastest of
 #: 16 to 128 on CPU; rows that need no padding, such as 40 for N = 1000, were slower.
 _ROW = 32
-_BASE = 128
 #: Units of a fractional part while summing: a row of them stays below 2**24, which float32 holds.
 _UNITS = 1 << 17
 #: Units of a fractional part of `Counts`.
@@ -211,7 +210,7 @@ def _running(*kinds: Float[Array, "rows columns"]) -> tuple[Float[Array, "rows c
 def _before(*kinds: Float[Array, " M"]) -> tuple[Float[Array, " M"], ...]:
     """Sums of all earlier ones, of each kind."""
     size = kinds[0].size
-    if size <= _BASE:
+    if size <= _ROW:
         return _carry(*(_product(x[None], _triangle(size, 1))[0] for x in kinds))
     rows = [_rows(x) for x in kinds]
     offsets = _before(*_carry(*(jnp.sum(x, axis=1) for x in rows)))
