@@ -79,7 +79,7 @@ def _compiled(kernel: Any, n: int) -> Any:
 
 
 @functools.cache
-def _many_draws(kernel: Any, n: int) -> np.ndarray:
+def many_draws(kernel: Any, n: int) -> np.ndarray:
     """Ancestors `(R, n)` under vmap, from the keys of `_draw_keys`."""
     log_weights = jnp.asarray(LOG_WEIGHTS)
     draw = jax.jit(jax.vmap(lambda key: kernel(key, log_weights, n)))
@@ -93,7 +93,7 @@ def _draw_keys(n: int) -> Any:
 def check_offspring(member: Member) -> None:
     """Range, dtype, order, none for the dead, and `E[offspring] = n weights`."""
     for n in _COUNTS if member.any_n else _COUNTS[:1]:
-        ancestors = _many_draws(member.kernel, n)
+        ancestors = many_draws(member.kernel, n)
         assert ancestors.shape == (_REPLICATES, n)
         assert ancestors.dtype == jnp.int32
         assert ancestors.min() >= 0 and ancestors.max() < LOG_WEIGHTS.size
@@ -110,7 +110,7 @@ def check_transformations(member: Member) -> None:
     one = _compiled(member.kernel, n)
     keys = _draw_keys(n)[:5]
     alone = [np.asarray(one(key, LOG_WEIGHTS)) for key in keys]
-    np.testing.assert_array_equal(_many_draws(member.kernel, n)[:5], alone)
+    np.testing.assert_array_equal(many_draws(member.kernel, n)[:5], alone)
     for shift in (64.0, -64.0):
         shifted = np.asarray(one(keys[0], LOG_WEIGHTS + np.float32(shift)))
         np.testing.assert_array_equal(shifted, alone[0])
