@@ -7,7 +7,7 @@ keys depend on its own index only, so run r draws the same whatever the number o
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Key, PRNGKeyArray
 
 # purposes: folded in first, so that no two kinds of draw share a stream
 _INITIAL, _MOVE, _RESAMPLE, _READOUT, _PREDICT = range(5)
@@ -46,7 +46,7 @@ def initial(run_key: PRNGKeyArray) -> PRNGKeyArray:
     return jax.random.fold_in(run_key, _INITIAL)
 
 
-def step(run_key: PRNGKeyArray, time: Array) -> PRNGKeyArray:
+def step(run_key: PRNGKeyArray, time: ArrayLike) -> PRNGKeyArray:
     """Key of one filter step, as `ParticleFilter.step` takes it."""
     return jax.random.fold_in(jax.random.fold_in(run_key, _MOVE), time)
 
@@ -66,6 +66,6 @@ def readout(key: PRNGKeyArray) -> PRNGKeyArray:
     return jax.random.fold_in(key, _READOUT)
 
 
-def predict(key: PRNGKeyArray, time: Array) -> PRNGKeyArray:
+def predict(key: PRNGKeyArray, time: ArrayLike) -> PRNGKeyArray:
     """Key of one step of forecasting."""
     return jax.random.fold_in(jax.random.fold_in(key, _PREDICT), time)

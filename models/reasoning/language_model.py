@@ -12,7 +12,7 @@ A step ends with a token that contains the delimiter (a newline), with the end t
 without it the prompt travels in the state.  Read next: `decode.py`, `program.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int32
 
 from smcscale.models import parameters
@@ -214,7 +215,7 @@ class LanguageModel(eqx.Module):
         """What one state has written, without the prompt."""
         return self.decode(np.asarray(state.written.tokens)[: int(state.written.length)])
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Iterable[int]) -> str:
         """Text of token ids."""
         if self.tokenizer is None:
             raise ValueError("smcscale: a model without tokenizer has no text, only tokens.")
@@ -229,16 +230,15 @@ class NextStep(dist.Distribution):
     probability one.  Not differentiable.
     """
 
-    arg_constraints: ClassVar[dict] = {}
-    support = dist.constraints.real
-    has_rsample = False
+    arg_constraints: dict[str, Any] = {}
+    support = dist.constraints.real  # pyright: ignore  NumPyro allows a class attribute
 
     def __init__(self, lm: LanguageModel, state: TextState):
         self.lm, self.state = lm, state
         super().__init__(batch_shape=(), event_shape=(), validate_args=False)
 
-    def sample(self, key, sample_shape=()) -> TextState:
-        """The state after one step, drawn from the model.
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+        """The `TextState` after one step, drawn from the model.
 
         Raises:
             NotImplementedError: for a `sample_shape`; use `jax.vmap` over keys.
@@ -263,8 +263,8 @@ class NextStep(dist.Distribution):
         )
         return TextState(written, state.prompt)
 
-    def log_prob(self, value: TextState) -> Float[Array, ""]:
-        """Log probability of the newest step of `value` after this state, in nats.
+    def log_prob(self, value: Any, intermediates: Any = None) -> Float[Array, ""]:
+        """Log probability `()` of the newest step of `value` (a `TextState`) after this state, nats.
 
         `-inf` for what the sampler cannot produce: a step that stops early or runs on past its
         end, or that continues a finished text.
@@ -325,7 +325,7 @@ def check_tokens(token_ids: Any, config: Config) -> Int32[Array, " S"]:
     Raises:
         ValueError: not one row of integers, or (outside jit) ids beyond the vocabulary.
     """
-    if not isinstance(token_ids, jax.core.Tracer):
+    if not isinstance(token_ids, Tracer):
         token_ids = np.asarray(token_ids, None if np.size(token_ids) else np.int32)
     if token_ids.ndim != 1 or not jnp.issubdtype(token_ids.dtype, jnp.integer):
         raise ValueError(

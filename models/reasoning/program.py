@@ -50,7 +50,7 @@ def read_prompt(lm: LanguageModel, prm: ProcessRewardModel, prompt: Any) -> Prom
     `reason` takes text as well; a prompt read beforehand spares it the work in every block, and
     prompts of one padded length share one compiled program.
     """
-    return Prompt(lm.read(prompt), prm.given(prompt).prompt)
+    return Prompt(lm.read(prompt), prm.prompted(prompt))
 
 
 def difference(previous: Float[Array, ""], score: Float[Array, ""]) -> Float[Array, ""]:
@@ -107,7 +107,7 @@ def reason(
     def step(state, _):
         text, judged = state
         over = text.finished
-        text = numpyro.sample("step", lm.next_step(text))
+        text: Any = numpyro.sample("step", lm.next_step(text))
         judged = prm.read(judged, text, lm.step_tokens)
         spend(tokens=text.step_length, prm_tokens=text.step_length)
         numpyro.deterministic("score", judged.score)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, ArrayLike, Float, Int32
 
 from smcscale.models import parameters
 from smcscale.models.reasoning import cache
@@ -111,9 +111,9 @@ class ProcessRewardModel(eqx.Module):
         """The backbone."""
         return nnx.merge(self.graph, self.weights)
 
-    def value(self, hidden: Float[Array, "... D"]) -> Float[Array, "..."]:
+    def value(self, hidden: Float[ArrayLike, "... D"]) -> Float[Array, "..."]:
         """Score in [0, 1] of hidden states."""
-        logits = hidden @ self.head.T + self.bias
+        logits = jnp.asarray(hidden) @ self.head.T + self.bias
         if self.head.shape[0] == 1:
             return jax.nn.sigmoid(logits[..., 0])
         return jax.nn.softmax(logits, axis=-1)[..., 1]
@@ -167,16 +167,19 @@ class ProcessRewardModel(eqx.Module):
         Args:
             prompt: text, token ids, or one already read (by this reward model).
         """
-        if not isinstance(prompt, Prompted):
-            if isinstance(prompt, str):
-                if self.tokenizer is None:
-                    raise ValueError("smcscale: a reward model without tokenizer reads token ids.")
-                prompt = self.tokenizer.encode(prompt)
-            row = check_tokens(prompt, self.config)
-            length = row.shape[0]
-            tokens = jnp.zeros(cache.bucketed(length), jnp.int32).at[:length].set(row)
-            prompt = _read(self.graph, self.weights, tokens, jnp.asarray(length, jnp.int32))
-        return eqx.tree_at(lambda prm: prm.prompt, self, prompt, is_leaf=lambda x: x is None)
+        read = prompt if isinstance(prompt, Prompted) else self.prompted(prompt)
+        return eqx.tree_at(lambda prm: prm.prompt, self, read, is_leaf=lambda x: x is None)
+
+    def prompted(self, prompt: Any) -> Prompted:
+        """A prompt (text or token ids) run through the backbone."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("smcscale: a reward model without tokenizer reads token ids.")
+            prompt = self.tokenizer.encode(prompt)
+        row = check_tokens(prompt, self.config)
+        length = row.shape[0]
+        tokens = jnp.zeros(cache.bucketed(length), jnp.int32).at[:length].set(row)
+        return _read(self.graph, self.weights, tokens, jnp.asarray(length, jnp.int32))
 
     def start(self, lm: LanguageModel) -> Judged:
         """The state before any step, with room for the texts of `lm`."""

@@ -1,13 +1,12 @@
-"""Labels for a reward model: is a prefix right, and how often does the model get there from it?
+"""Labels for a reward model: how often does the language model get to the answer from a prefix?
 
-`sample_solutions` writes a solution for each training story; `label` picks line ends in it,
-lets the model finish `completions` times from each, and labels the prefix with the share that
-reaches the right answer; the last line is labelled by the answer itself.
+`label` lets the model write a solution of each training story, picks line ends in it, and lets the
+model finish `completions` times from each.  Every one of these texts is a roll-out, right or wrong,
+and a prefix is labelled with the share of right ones among the roll-outs from the first picked
+line end that has this prefix: an unbiased Monte Carlo estimate of the chance to get there.
 
-`check` compares a solution with the worked one, token by token; `damaged` makes wrong lines for
-the reward model to learn what an error looks like before it sees roll-outs.
-
-Source: Wang et al. 2024, "Math-Shepherd", section 3.3 (soft estimation).
+Source: Wang et al. 2024, "Math-Shepherd", section 3.3 (soft estimation). They label the picked
+line ends only; here every token after the prompt is a prefix with a label, which costs no more.
 """
 
 import functools
@@ -29,66 +28,18 @@ LONGEST_SOLUTION = 144
 
 
 class Labelled(NamedTuple):
-    """Token rows `(n, S)`, line ends `(n, K)`, their labels `(n, K)`, checks `(n, S)`; NaN: unused."""
+    """Texts and the labels of their prefixes.
+
+    Attributes:
+        tokens: `(n, S)` int32, prompt and solution, zeros after them.
+        labels: `(n, S)` float16 in [0, 1]: of the prefix that ends with this token; NaN where there
+            is none (the prompt, the part that a text shares with an earlier row, the padding).
+        story: `(n,)` int32, rows of one story have one number.
+    """
 
     tokens: np.ndarray
-    ends: np.ndarray
     labels: np.ndarray
-    checks: np.ndarray
-
-
-def check(tokenizer: Tokenizer, story: tasks.Problem, prompt_length: int, text: list[int]):
-    """Marks `(prompt_length + len(text),)`: 1 while all numbers agree with the worked solution.
-
-    NaN on the prompt; 0 from the first token that differs on. Names are not compared: a wrong
-    name with right numbers can still reach the answer.
-    """
-    newline, colon = tokenizer.encode("\n")[0], tokenizer.encode(":")[0]
-    marks = np.full(prompt_length + len(text), np.nan, np.float32)
-    worked = [tokenizer.encode(step) + [newline] for step in story.steps]
-    worked[-1][-1] = tokenizer.end_tokens[0]
-    line, column, right = 0, None, True
-    for index, token in enumerate(text):
-        if right and column is not None:
-            truth = worked[line]
-            at = truth.index(colon) + 1 + column
-            right = at < len(truth) and truth[at] == token
-            column += 1
-        elif right and token in (newline, tokenizer.end_tokens[0]):
-            right = False  # a line without a colon
-        marks[prompt_length + index] = float(right)
-        if token == colon and column is None:
-            column = 0
-        if token == newline:
-            line, column = line + 1, None
-            right = right and line < len(worked)
-    return marks
-
-
-def damaged(rng: random.Random, tokenizer: Tokenizer, width: int, num_steps: int):
-    """A story, its worked solution up to a line with one wrong digit (or none): tokens and marks."""
-    story = tasks.problem(rng, "train", num_steps)
-    newline, colon = tokenizer.encode("\n")[0], tokenizer.encode(":")[0]
-    prompt = tokenizer.encode(story.question + "\n")
-    digits = tokenizer.encode("0123456789")
-    lines = [tokenizer.encode(step) + [newline] for step in story.steps]
-    lines[-1][-1] = tokenizer.end_tokens[0]
-    bad = rng.randrange(len(lines))
-    if rng.random() < 0.8:
-        line = lines[bad]
-        places = [i for i, t in enumerate(line) if t in digits and i > line.index(colon)]
-        if rng.random() < 0.6 and "=" in story.steps[bad]:
-            after = line.index(tokenizer.encode("=")[0])
-            places = [i for i in places if i > after]
-        place = rng.choice(places)
-        line[place] = rng.choice([d for d in digits if d != line[place]])
-    text = [token for line in lines[: bad + 1] for token in line]
-    tokens = np.zeros(width, np.int32)
-    marks = np.full(width, np.nan, np.float32)
-    row = (prompt + text)[:width]
-    tokens[: len(row)] = row
-    marks[: len(row)] = check(tokenizer, story, len(prompt), text)[:width]
-    return tokens, marks
+    story: np.ndarray
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
@@ -113,7 +64,6 @@ def _complete(graph, weights, tokens, lengths, key, completions, end_tokens):
 def complete(model: Transformer, prefixes: list[list[int]], completions: int, key, batch: int = 64):
     """Finish every prefix `completions` times; a list of lists of token rows."""
     graph, weights = nnx.split(model)
-    finished = []
     order = np.argsort([-len(p) for p in prefixes], kind="stable")  # alike lengths together
     results: dict[int, list[list[int]]] = {}
     size = batch // completions
@@ -132,8 +82,7 @@ def complete(model: Transformer, prefixes: list[list[int]], completions: int, ke
         for row, index in enumerate(chunk):
             each = range(row * completions, (row + 1) * completions)
             results[int(index)] = [out[b, : counts[b]].tolist() for b in each]
-    finished = [results[index] for index in range(len(prefixes))]
-    return finished
+    return [results[index] for index in range(len(prefixes))]
 
 
 def label(
@@ -142,60 +91,76 @@ def label(
     rng: random.Random,
     key,
     *,
-    solutions: int,
+    stories: int,
     positions: int,
     completions: int,
 ) -> tuple[Labelled, dict]:
-    """Labelled solutions of fresh training stories, and what was seen on the way.
+    """Labelled roll-outs of fresh training stories, and what was seen on the way.
 
     Args:
         model: the language model that writes and completes.
-        rng: source of the stories and of the chosen line ends.
+        rng: source of the stories and of the picked line ends.
         key: for the samples.
-        solutions: how many solutions; one for each story.
-        positions: line ends labelled by completions in each, besides the last.
-        completions: roll-outs from each.
+        stories: how many stories; one solution is written for each.
+        positions: line ends picked in each solution.
+        completions: roll-outs from each of them.
     """
-    end = tokenizer.end_tokens[0]
     newline = tokenizer.encode("\n")[0]
-    stories, prompts = [], []
-    while len(stories) < solutions:
+    told, prompts = [], []
+    while len(told) < stories:
         story = tasks.problem(rng, "train")
         prompt = tokenizer.encode(story.question + "\n")
         if len(prompt) + LONGEST_SOLUTION <= LONGEST_PROMPT + 16:
-            stories.append(story)
+            told.append(story)
             prompts.append(prompt)
     written = [w[0] for w in complete(model, prompts, 1, jax.random.fold_in(key, 0))]
     prefixes, owners = [], []
-    tokens = np.zeros((solutions, LONGEST_PROMPT + LONGEST_SOLUTION), np.int32)
-    ends = np.zeros((solutions, positions + 1), np.int32)
-    labels = np.full((solutions, positions + 1), np.nan, np.float32)
-    checks = np.full(tokens.shape, np.nan, np.float32)
-    right_lines = lines = solved = 0
-    for row, (story, prompt, text) in enumerate(zip(stories, prompts, written)):
-        tokens[row, : len(prompt) + len(text)] = prompt + text
-        marks = check(tokenizer, story, len(prompt), text)
-        checks[row, : len(marks)] = marks
-        right = text[-1] == end and tasks.grade(tokenizer.decode(text), story)
-        ends[row, 0] = len(prompt) + len(text) - 1
-        labels[row, 0] = float(right)
-        solved += right
-        seen = _leading_right(tokenizer.decode(text), story)
-        right_lines += seen[0]
-        lines += seen[1]
+    for number, (prompt, text) in enumerate(zip(prompts, written, strict=True)):
         breaks = [i for i, token in enumerate(text) if token == newline]
         breaks = [i for i in breaks if len(prompt) + i + 1 <= LONGEST_PROMPT]
-        for column, at in enumerate(rng.sample(breaks, min(positions, len(breaks))), start=1):
-            ends[row, column] = len(prompt) + at
+        for at in sorted(rng.sample(breaks, min(positions, len(breaks)))):
             prefixes.append(prompt + text[: at + 1])
-            owners.append((row, column))
+            owners.append(number)
     completed = complete(model, prefixes, completions, jax.random.fold_in(key, 1))
-    for (row, column), prefix, texts in zip(owners, prefixes, completed):
-        head = prefix[len(prompts[row]) :]
-        good = [tasks.grade(tokenizer.decode(head + t), stories[row]) for t in texts]
-        labels[row, column] = np.mean(good)
-    seen = {"solved": solved / solutions, "right step": right_lines / max(lines, 1)}
-    return Labelled(tokens, ends, labels, checks), seen
+
+    def right(number: int, text: list[int]) -> float:
+        ended = text[-1] == tokenizer.end_tokens[0]
+        return float(ended and tasks.grade(tokenizer.decode(text), told[number]))
+
+    width = LONGEST_PROMPT + LONGEST_SOLUTION
+    tokens, labels, numbers = [], [], []
+
+    def add(number: int, row: list[int], marks: np.ndarray) -> None:
+        tokens.append(np.pad(np.asarray(row[:width], np.int32), (0, max(0, width - len(row)))))
+        labels.append(np.full(width, np.nan, np.float16))
+        labels[-1][: len(marks)] = marks[:width]
+        numbers.append(number)
+
+    branches: dict[int, list[tuple[int, list[list[int]]]]] = {n: [] for n in range(stories)}
+    for number, prefix, texts in zip(owners, prefixes, completed, strict=True):
+        branches[number].append((len(prefix), texts))
+    right_lines = lines = solved = 0
+    for number, (prompt, text) in enumerate(zip(prompts, written, strict=True)):
+        own = right(number, text)
+        marks = np.full(len(prompt) + len(text), np.nan)
+        begin = len(prompt)
+        for end, texts in branches[number]:
+            head = (prompt + text)[len(prompt) : end]
+            good = [right(number, head + rest) for rest in texts]
+            marks[begin:end] = np.mean([own, *good])
+            begin = end
+            for rest, outcome in zip(texts, good, strict=True):
+                branch = np.full(end + len(rest), np.nan)
+                branch[end:] = outcome
+                add(number, prompt + head + rest, branch)
+        marks[begin:] = own
+        add(number, prompt + text, marks)
+        solved += own
+        seen = _leading_right(tokenizer.decode(text), told[number])
+        right_lines += seen[0]
+        lines += seen[1]
+    seen = {"solved": solved / stories, "right step": right_lines / max(lines, 1)}
+    return Labelled(np.stack(tokens), np.stack(labels), np.asarray(numbers, np.int32)), seen
 
 
 def _leading_right(text: str, story: tasks.Problem) -> tuple[int, int]:

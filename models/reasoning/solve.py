@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -46,6 +46,41 @@ class Solution:
     cost: dict[str, float]
 
 
+Select = Callable[..., str | None]
+
+
+@overload
+def solve(
+    question: str,
+    *,
+    lm: LanguageModel | None = None,
+    prm: ProcessRewardModel | None = None,
+    num_particles: int = 16,
+    method: ParticleFilter | None = None,
+    select: Select = readouts.weighted_majority,
+    key: Any = None,
+    max_steps: int = MAX_STEPS,
+    answer_of: Callable[[str], str | None] = final_answer,
+    options: dict[str, Any] | None = None,
+) -> Solution: ...
+
+
+@overload
+def solve(
+    question: list[str] | tuple[str, ...],
+    *,
+    lm: LanguageModel | None = None,
+    prm: ProcessRewardModel | None = None,
+    num_particles: int = 16,
+    method: ParticleFilter | None = None,
+    select: Select = readouts.weighted_majority,
+    key: Any = None,
+    max_steps: int = MAX_STEPS,
+    answer_of: Callable[[str], str | None] = final_answer,
+    options: dict[str, Any] | None = None,
+) -> list[Solution]: ...
+
+
 def solve(
     question: str | Sequence[str],
     *,
@@ -53,7 +88,7 @@ def solve(
     prm: ProcessRewardModel | None = None,
     num_particles: int = 16,
     method: ParticleFilter | None = None,
-    select: Callable[..., str | None] = readouts.weighted_majority,
+    select: Select = readouts.weighted_majority,
     key: Any = None,
     max_steps: int = MAX_STEPS,
     answer_of: Callable[[str], str | None] = final_answer,
@@ -82,21 +117,24 @@ def solve(
     prm = shipped_reward_model() if prm is None else prm
     method = default_method() if method is None else method
     key = jax.random.key(0) if key is None else key
-    if not isinstance(question, str):
-        keys = jax.random.split(key, len(question))
-        return [
-            solve(
-                each, lm=lm, prm=prm, num_particles=num_particles, method=method, select=select,
-                key=k, max_steps=max_steps, answer_of=answer_of, options=options,
-            )
-            for each, k in zip(question, keys, strict=True)
-        ]  # fmt: skip
-    if not question.strip():
-        raise ValueError("smcscale: the question is empty.")
-    run_key, select_key = jax.random.split(key)
-    prompt = read_prompt(lm, prm, question.strip() + "\n")
-    smc = SMC(method, num_particles=num_particles, progress_bar=False)
-    smc.run(run_key, lm, prm, prompt, max_steps=max_steps, **(options or {}))
+
+    def solved(text: str, key: Any) -> Solution:
+        if not text.strip():
+            raise ValueError("smcscale: the question is empty.")
+        run_key, select_key = jax.random.split(key)
+        prompt = read_prompt(lm, prm, text.strip() + "\n")
+        smc = SMC(method, num_particles=num_particles, progress_bar=False)
+        smc.run(run_key, lm, prm, prompt, max_steps=max_steps, **(options or {}))
+        return _read(smc, lm, select, select_key, answer_of)
+
+    if isinstance(question, str):
+        return solved(question, key)
+    keys = jax.random.split(key, len(question))
+    return [solved(each, k) for each, k in zip(question, keys, strict=True)]
+
+
+def _read(smc: SMC, lm: LanguageModel, select: Select, key: Any, answer_of: Callable) -> Solution:
+    """The solution that a finished run holds."""
     samples, log_weights = smc.get_samples(weighted=True)
     tokens = np.asarray(samples["step"].written.tokens)
     lengths = np.asarray(samples["step"].written.length)
@@ -110,7 +148,7 @@ def solve(
         evidence = float(smc.log_evidence[0])
     except ValueError:  # a selection kernel left no target
         evidence = None
-    answer = select(answers, log_weights, scores, select_key)
+    answer = select(answers, log_weights, scores, key)
     return Solution(answer, answers, log_weights, evidence, texts, scores, dict(smc.cost))
 
 

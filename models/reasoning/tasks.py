@@ -119,7 +119,7 @@ def problem(
         raise ValueError(f'smcscale: unknown split {split!r}; use "train" or "test".')
     num_steps = rng.choice(STEPS) if num_steps is None else num_steps
     noun, holder = rng.choice(NOUNS)
-    people = rng.sample(WOMEN + MEN, 6)
+    people: list[str] = rng.sample(WOMEN + MEN, 6)
     held_out = set(rng.sample(range(num_steps), 2)) if split == "test" else set()
 
     def number(low: int, high: int) -> int:
@@ -132,7 +132,8 @@ def problem(
             return HELD_OUT[operation]
         return TRAIN[operation]
 
-    focus, others = people[0], people[1:]
+    focus: str = people[0]
+    others: list[str] = people[1:]
     amounts = {focus: number(5, 60)}
     sentences = [rng.choice(templates("start", -1)).format(p=focus, n=noun, k=amounts[focus])]
     steps: list[str] = []

@@ -6,8 +6,7 @@ Three stages, each from the result of the one before: (1) the language model lea
 training stories with worked solutions, loss on the solution only, short stories first; (2) it
 samples solutions of fresh training stories and, from prefixes of them, `--completions` ways to
 go on: the share that reaches the right answer labels the prefix; (3) a copy of the network with
-a value head first learns to find errors (checks against worked solutions), then these shares at
-the last token of each step.  No test story is ever used.
+a value head learns these shares.  No test story is ever used.
 
 Source: Wang et al. 2024, "Math-Shepherd" (section 3.3, soft estimation) for stages 2 and 3.
 """
@@ -125,86 +124,60 @@ def train_language_model(
 
 
 def train_reward_model(args, model, tokenizer: Tokenizer, labelled: Labelled, log=print):
-    """Stage 3: `(backbone, head (1, D), bias (1,))`, by cross-entropy.
+    """Stage 3: backbone and head by cross-entropy with the roll-out labels, into `args.out`.
 
-    First on checks (which token of a wrong line is the wrong one: half the rows are the model's
-    own samples, half worked solutions with one digit changed), then on the roll-out labels.
+    A batch has rows of alike lengths and several texts of each story, so that the head must tell
+    them apart and not only how hard the story is.
     """
     graph, weights = nnx.split(model)
-    width = model.config.hidden_size
-    fitted = (weights, jnp.zeros((1, width)), jnp.zeros(1))
+    fitted = (weights, jnp.zeros((1, model.config.hidden_size)), jnp.zeros(1))
     rng = random.Random(f"smcscale reward model {args.seed}")
-    size, count = args.batch_size, len(labelled.tokens)
-    lengths = labelled.ends.max(axis=1) + 1
-    nearby = np.argsort(lengths)
-
-    def rows_alike():
-        start = rng.randrange(count - 4 * size)
-        return nearby[rng.sample(range(start, start + 4 * size), size)]
-
-    def checks():
-        for _ in range(args.check_steps):
-            num_steps = rng.choice(tasks.STEPS)
-            longest = PADDED[num_steps]
-            fits = rows_alike()[: size // 2]
-            longest = max(longest, -(-int(lengths[fits].max()) // 24) * 24)
-            made = [
-                rollouts.damaged(rng, tokenizer, longest, num_steps)
-                for _ in range(size - len(fits))
-            ]
-            tokens = np.concatenate([labelled.tokens[fits, :longest], [m[0] for m in made]])
-            marks = np.concatenate([labelled.checks[fits, :longest], [m[1] for m in made]])
-            yield tokens, marks
-
-    def rolled():
-        for _ in range(args.reward_steps):
-            rows = rows_alike()
-            longest = -(-int(lengths[rows].max()) // 24) * 24
-            marks = np.full((size, longest), np.nan, np.float32)
-            for mark, ends, labels in zip(marks, labelled.ends[rows], labelled.labels[rows]):
-                used = ~np.isnan(labels)
-                mark[ends[used]] = labels[used]
-            yield labelled.tokens[rows, :longest], marks
-
-    fitted = _fit(graph, fitted, checks(), args.check_steps, args.reward_rate, log, "checks")
-    fitted = _fit(graph, fitted, rolled(), args.reward_steps, args.reward_rate / 3, log, "rolled")
-    weights, head, bias = fitted
-    return nnx.merge(graph, weights), np.asarray(head), np.asarray(bias)
-
-
-def _fit(graph, fitted, batches, total: int, rate: float, log, name: str):
-    """Adam on soft labels at the marked tokens of `(tokens, marks)` batches."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, total // 15 + 1, total + 1)
+    size, total = args.batch_size, args.reward_steps
+    lengths = np.asarray([np.flatnonzero(row)[-1] + 1 for row in labelled.tokens])
+    longest = np.zeros(labelled.story.max() + 1, int)
+    np.maximum.at(longest, labelled.story, lengths)
+    order = np.lexsort((labelled.story, longest[labelled.story]))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, args.reward_rate, total // 15 + 1, total + 1)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02)
     )
     state = optimizer.init(fitted)
 
-    def loss(fitted, tokens, marks):
+    def loss(fitted, tokens, labels):
         weights, head, bias = fitted
         model = nnx.merge(graph, weights)
         logits = (model(tokens, unroll=model.config.num_layers) @ head.T + bias)[..., 0]
-        used = ~jnp.isnan(marks)
-        losses = optax.sigmoid_binary_cross_entropy(logits, jnp.where(used, marks, 0.0))
-        right = ((logits > 0) == (marks > 0.5)) & used
+        used = ~jnp.isnan(labels)
+        losses = optax.sigmoid_binary_cross_entropy(logits, jnp.where(used, labels, 0.0))
+        right = ((logits > 0) == (labels > 0.5)) & used
         return jnp.sum(losses * used) / jnp.sum(used), jnp.sum(right) / jnp.sum(used)
 
     @jax.jit
-    def step(fitted, state, tokens, marks):
-        (value, right), gradient = jax.value_and_grad(loss, has_aux=True)(fitted, tokens, marks)
+    def step(fitted, state, tokens, labels):
+        (value, right), gradient = jax.value_and_grad(loss, has_aux=True)(fitted, tokens, labels)
         updates, state = optimizer.update(gradient, state, fitted)
         return optax.apply_updates(fitted, updates), state, value, right
 
-    start = time.time()
-    for index, (tokens, marks) in enumerate(batches):
-        fitted, state, value, right = step(fitted, state, tokens, marks)
-        if index % 25 == 0:
+    start, seen = time.time(), []
+    for index in range(total):
+        first = rng.randrange(len(order) - 4 * size)
+        rows = order[rng.sample(range(first, first + 4 * size), size)]
+        width = -(-int(lengths[rows].max()) // 24) * 24
+        tokens = labelled.tokens[rows, :width]
+        labels = labelled.labels[rows, :width].astype(np.float32)
+        fitted, state, value, right = step(fitted, state, tokens, labels)
+        seen.append((float(value), float(right)))
+        if (index + 1) % 50 == 0:
+            mean = np.mean(seen[-50:], axis=0)
             log(
-                f"reward model, {name} {index:4d} of {total}: loss {float(value):.4f}, right "
-                f"{float(right):.3f}, {time.time() - start:.0f} s",
+                f"reward model {index + 1:4d} of {total}: loss {mean[0]:.4f}, right {mean[1]:.3f}, "
+                f"{time.time() - start:.0f} s",
                 flush=True,
             )
-    return fitted
+        if (index + 1) % args.checkpoint_every == 0 or index + 1 == total:
+            weights, head, bias = fitted
+            head = (np.asarray(head), np.asarray(bias))
+            save_model(Path(args.out) / "reasoner-prm", nnx.merge(graph, weights), tokenizer, head)
 
 
 def save_model(
@@ -243,12 +216,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--short-part", type=float, default=0.35)
     parser.add_argument("--checkpoint-every", type=int, default=250)
-    parser.add_argument("--solutions", type=int, default=3000, help="labelled solutions")
-    parser.add_argument("--positions", type=int, default=3, help="line ends labelled in each")
+    parser.add_argument("--stories", type=int, default=3072, help="stories with roll-outs")
+    parser.add_argument(
+        "--positions", type=int, default=3, help="line ends picked in each solution"
+    )
     parser.add_argument("--completions", type=int, default=4, help="roll-outs from each line end")
-    parser.add_argument("--check-steps", type=int, default=450)
-    parser.add_argument("--reward-steps", type=int, default=100)
     parser.add_argument("--labels-done", default=None, help="skip stage 2; a labels.npz file")
+    parser.add_argument("--reward-steps", type=int, default=2600)
     parser.add_argument("--reward-rate", type=float, default=1.5e-3)
     args = parser.parse_args(argv)
     out = Path(args.out)
@@ -271,29 +245,28 @@ def main(argv: list[str] | None = None) -> None:
             labelled = Labelled(**stored)
     else:
         labelled = label_in_chunks(args, model, tokenizer)
-    backbone, head, bias = train_reward_model(args, model, tokenizer, labelled)
-    save_model(out / "reasoner-prm", backbone, tokenizer, (head, bias))
+    train_reward_model(args, model, tokenizer, labelled)
 
 
 def label_in_chunks(args, model, tokenizer: Tokenizer, log=print, chunk: int = 192) -> Labelled:
-    """Stage 2, in chunks so that it can be watched; the labels so far are kept in `labels.npz`."""
+    """Stage 2, in chunks so that it can be watched; the roll-outs are kept in `labels.npz`."""
     rng = random.Random(f"smcscale roll-outs {args.seed}")
     parts: list[Labelled] = []
     start = time.time()
-    for number in range(-(-args.solutions // chunk)):
+    for number in range(-(-args.stories // chunk)):
         part, seen = rollouts.label(
             model, tokenizer, rng, jax.random.fold_in(jax.random.key(args.seed), number),
-            solutions=chunk, positions=args.positions, completions=args.completions,
+            stories=chunk, positions=args.positions, completions=args.completions,
         )  # fmt: skip
-        parts.append(part)
-        labelled = Labelled(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-        np.savez_compressed(Path(args.out) / "labels.npz", **labelled._asdict())
+        parts.append(part._replace(story=part.story + number * chunk))
         log(
-            f"roll-outs {len(labelled.tokens)}: solved {seen['solved']:.3f}, right step "
-            f"{seen['right step']:.3f}, mean label {np.nanmean(part.labels):.3f}, "
+            f"stories {(number + 1) * chunk}: solved {seen['solved']:.3f}, right step "
+            f"{seen['right step']:.3f}, mean label {np.nanmean(part.labels, dtype=np.float32):.3f}, "
             f"{time.time() - start:.0f} s",
             flush=True,
         )
+    labelled = Labelled(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    np.savez_compressed(Path(args.out) / "labels.npz", **labelled._asdict())
     return labelled
 
 

@@ -184,7 +184,7 @@ class Transformer(nnx.Module):
         if not config.tied:
             self.head = nnx.Param(0.05 * jax.random.normal(rngs.params(), shape))
 
-    def __call__(self, tokens: jax.Array, *, keys_values: bool = False, unroll: int = 1):
+    def __call__(self, tokens: jax.Array, *, keys_values: bool = False, unroll: int = 1) -> Any:
         """Hidden states of token ids under causal attention.
 
         Args:
@@ -210,8 +210,11 @@ class Transformer(nnx.Module):
         hidden = rms_norm(hidden, self.norm[...], config.norm_eps)
         return (hidden, cached) if keys_values else hidden
 
-    def stacked(self) -> dict[str, jax.Array]:
-        """The layers' parameters as a dictionary of arrays `(L, ...)`, ready for `lax.scan`."""
+    def stacked(self) -> dict[str, Any]:
+        """The layers' parameters as a dictionary of arrays `(L, ...)`, ready for `lax.scan`.
+
+        Shapes only, where the model itself is one of shapes (`nnx.eval_shape`).
+        """
         return nnx.to_pure_dict(nnx.state(self.layers))
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -15,6 +15,8 @@ from smcscale import SMC, FeynmanKac, ParticleFilter
 KEY = jax.random.key(0)
 Y = jnp.linspace(-0.5, 0.5, 4)
 
+pytestmark = pytest.mark.refusal
+
 
 def walk(y):
     x0 = numpyro.sample("x0", dist.Normal(0.0, 1.0))

@@ -44,6 +44,7 @@ def test_a_step_does_not_depend_on_later_ones():
     np.testing.assert_allclose(both[0], first[0], atol=1e-5)
 
 
+@pytest.mark.refusal
 def test_steps_must_be_a_list():
     with pytest.raises(TypeError, match="needs a list"):
         shipped_reward_model().score("question", "Answer: 3")
