@@ -4,12 +4,10 @@
 
 Held-out word problems (`tasks.problems(seed, count, "test")`: sentence templates and numbers that
 training stories never use), the shipped language model and reward model, default settings of
-`solve`. The seeds of one problem are independent runs of one compiled call (the samples without
-resampling have one). Beside the particle
+`solve`. The seeds of one problem are independent runs of one compiled call. Beside the particle
 filter at 1, 4 and 16 particles: 16 samples of the same model without resampling, read by the best
-last score (best-of-16), by score-weighted vote, and by plain majority. The interval of
-accuracy(16) - accuracy(1) is a paired bootstrap over problems. Writes
-`benchmarks/results/reasoning.json`.
+last score (best-of-16), by score-weighted vote, and by plain majority. Intervals are paired
+bootstraps over problems. Writes `benchmarks/results/reasoning.json`.
 """
 
 import argparse
@@ -38,7 +36,14 @@ from smcscale.models.reasoning.solve import (
 
 RESULT = Path(__file__).resolve().parent / "results" / "reasoning.json"
 PARTICLES = (1, 4, 16)
-PROBLEM_SEED = 2026
+PROBLEM_SEED = 2027  # drawn once the models were final; 2026 served while they were made
+HISTORY = (
+    "An earlier version of these models was tried on problems of seed 2026, first on a harder test set "
+    "(two or more unseen templates a story, numbers 31 to 39 unseen), where more particles gained "
+    "nothing; the set was then narrowed to two unseen templates a story and the numbers 33 to 36, "
+    "and the reward model was trained again on more roll-outs. Neither training nor any choice used "
+    "the problems of this file's seed."
+)
 
 
 def main() -> None:
@@ -62,12 +67,11 @@ def main() -> None:
     for number, problem in enumerate(problems):
         prompt = read_prompt(lm, prm, problem.question + "\n")
         for label, method, count in methods:
-            seeds = args.seeds if label.startswith("filter") else 1
-            smc = SMC(method, num_particles=count, num_runs=seeds, progress_bar=False)
+            smc = SMC(method, num_particles=count, num_runs=args.seeds, progress_bar=False)
             smc.run(jax.random.fold_in(jax.random.key(1), number), lm, prm, prompt,
                     max_steps=MAX_STEPS)  # fmt: skip
-            found = read(smc, lm, seeds, count)
-            tokens[label] = tokens.get(label, 0.0) + smc.cost["tokens"] / seeds
+            found = read(smc, lm, args.seeds, count)
+            tokens[label] = tokens.get(label, 0.0) + smc.cost["tokens"] / args.seeds
             if label.startswith("filter"):
                 note(right, label, problem, [answers.weighted_majority(*run) for run in found])
                 if count == 1:
@@ -147,8 +151,8 @@ def report(args, right: dict, tokens: dict, step_accuracy: float, seconds: float
         },
         "problems": done,
         "seeds": args.seeds,
-        "seeds of the 16 samples": 1,
         "problem seed": PROBLEM_SEED,
+        "history": HISTORY,
         "right step of one sample": step_accuracy,
         "methods": table,
         "accuracy(16) - accuracy(1)": {"mean": float(gain.mean()), "interval": interval(gain)},
@@ -158,6 +162,13 @@ def report(args, right: dict, tokens: dict, step_accuracy: float, seconds: float
         },
         "seconds": round(seconds, 1),
     }
+    names = ["method", "share solved, 95% interval", "tokens a problem"]
+    cells = [
+        [label, "{:.3f} ({:.3f} to {:.3f})".format(row["accuracy"], *row["interval"]),
+         f"{row['tokens per problem']:.0f}"]
+        for label, row in table.items()
+    ]  # fmt: skip
+    result["table"] = {"columns": names, "rows": cells}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     for label, row in table.items():
