@@ -40,7 +40,7 @@ class Paths(eqx.Module):
 
     def trace(self, indices: jax.Array) -> Any:
         """Paths of final particles `indices (R, K)`: leaves `(R, K, T, ...)`."""
-        return _trace(self.states, self.ancestors, jnp.asarray(indices))
+        return _trace(self.states, self.ancestors, jnp.asarray(indices, jnp.int32))
 
 
 class Live(NamedTuple):

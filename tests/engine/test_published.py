@@ -104,7 +104,9 @@ def constant(y, scale):
     ],
 )
 def test_a_value_that_does_not_move(y, scale, log_evidence, mean, variance):
-    smc, evidence = replicated(constant, jnp.asarray(y), scale, num_particles=400)
+    # the prior seldom comes near one sharp row: that takes more particles
+    num_particles = 8000 if scale < 1 else 400
+    smc, evidence = replicated(constant, jnp.asarray(y), scale, num_particles=num_particles)
     ratio = np.exp(evidence - log_evidence)
     found, square = moments(smc, "x")
     assert_mean(ratio, 1.0, family=FAMILY, smallest_bias=0.03)
