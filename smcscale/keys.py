@@ -5,6 +5,8 @@ correlate draws silently. Everything random in a run comes from `run_keys(key, n
 keys depend on its own index only, so run r draws the same whatever the number of runs.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Key, PRNGKeyArray
@@ -36,6 +38,7 @@ def as_key(key: Array) -> PRNGKeyArray:
     return typed
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def run_keys(key: PRNGKeyArray, num_runs: int) -> Key[Array, " R"]:
     """Keys `(R,)` of independent runs."""
     return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(num_runs))

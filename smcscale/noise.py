@@ -45,6 +45,7 @@ class Split(NamedTuple):
         reads: per leaf of `arguments`, whether an output depends on it or is it.
         uses: per leaf of `arguments`, whether something is computed from it.
         aliases: per output, the index of the first output that is the same value.
+        passed: per leaf of `arguments`, whether the output of the same index is that leaf itself.
         constant_bytes: bytes of concrete arrays that the step closed over.
     """
 
@@ -55,6 +56,7 @@ class Split(NamedTuple):
     reads: tuple[bool, ...]
     uses: tuple[bool, ...]
     aliases: tuple[int, ...]
+    passed: tuple[bool, ...]
     constant_bytes: int
 
 
@@ -151,7 +153,8 @@ def split_noise(step: Callable[..., list], key_dtype: Any, arguments: list) -> S
     )
     elements = sum(v.aval.size for v in frontier if not _is_key(v.aval))
     size = sum(getattr(c, "nbytes", 0) for c in constants)
-    return Split(noise, rest, batched, elements, reads, uses, aliases, size)
+    passed = tuple(a is b for a, b in zip(argument_vars, jaxpr.outvars, strict=False))
+    return Split(noise, rest, batched, elements, reads, uses, aliases, passed, size)
 
 
 def depends(function: Callable, argument: Any) -> bool:

@@ -230,7 +230,7 @@ class NextStep(dist.Distribution):
     probability one.  Not differentiable.
     """
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012  as in NumPyro
     support = dist.constraints.real  # pyright: ignore  NumPyro allows a class attribute
 
     def __init__(self, lm: LanguageModel, state: TextState):

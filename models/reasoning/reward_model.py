@@ -7,8 +7,11 @@
 
 The backbone is a language model's; a linear head reads the hidden state at the last token of a
 step (`score.weight`, `score.bias`: the `ForTokenClassification` layout).  A head of width 1 gives
-the sigmoid, one of width 2 the probability of the second label.  `read` runs only the newest
-step against its own cache; under `vmap` it becomes one batched pass.
+the sigmoid, one of width 2 the probability of the second label.  A folder may add
+`score.confidence`, `(labels, 2)`: two more inputs of the head, how likely the backbone itself, read
+as a language model, finds the text so far (log probability of its tokens, and the lowest of them;
+the first token, which follows the prompt, is not counted).  `read` runs only the newest step
+against its own cache; under `vmap` it becomes one batched pass.
 """
 
 import re
@@ -44,12 +47,16 @@ class Judged(eqx.Module):
         score: of the newest step, in [0, 1]; 1 before the first.
         previous: of the step before it.
         length: tokens read.
+        hidden: `(D,)`, hidden state of the last token read.
+        confidence: `(2,)`, log probability of the text to the backbone, and the lowest of a token.
         cache: suffix keys and values `(L, kv, C, head)`.
     """
 
     score: Float[Array, "..."]
     previous: Float[Array, "..."]
     length: Int32[Array, "..."]
+    hidden: Float[Array, "..."]
+    confidence: Float[Array, "..."]
     cache: KeysValues
 
 
@@ -58,18 +65,27 @@ class ProcessRewardModel(eqx.Module):
 
     Attributes:
         weights: the backbone's arrays; head, bias: `(labels, D)`, `(labels,)`.
+        confidence: `(labels, 2)`, else None.
         prompt: what `given` read, else None.
     """
 
     weights: Any
     head: Float[Array, "labels D"]
     bias: Float[Array, " labels"]
+    confidence: Float[Array, "labels 2"] | None
     prompt: Prompted | None
     graph: Any = eqx.field(static=True)
     config: Config = eqx.field(static=True)
     tokenizer: Tokenizer | None = eqx.field(static=True)
 
-    def __init__(self, model: Transformer, head: Any, bias: Any, tokenizer: Tokenizer | None):
+    def __init__(
+        self,
+        model: Transformer,
+        head: Any,
+        bias: Any,
+        tokenizer: Tokenizer | None,
+        confidence: Any = None,
+    ):
         self.config = model.config
         self.head = jnp.asarray(head, jnp.float32)
         self.bias = jnp.asarray(bias, jnp.float32)
@@ -83,6 +99,12 @@ class ProcessRewardModel(eqx.Module):
             raise ValueError(
                 f"smcscale: the reward head's bias has shape {self.bias.shape}, expected "
                 f"{self.head.shape[:1]}."
+            )
+        self.confidence = None if confidence is None else jnp.asarray(confidence, jnp.float32)
+        if self.confidence is not None and self.confidence.shape != (len(self.head), 2):
+            raise ValueError(
+                f"smcscale: the reward head's confidence has shape {self.confidence.shape}, expected "
+                f"{(len(self.head), 2)}."
             )
         self.graph, self.weights = nnx.split(model)
         self.tokenizer = tokenizer
@@ -104,16 +126,21 @@ class ProcessRewardModel(eqx.Module):
                 "  try: a `ForTokenClassification` folder with one or two labels."
             )
         head = tensors["score.weight"]
-        return cls(model, head, tensors.get("score.bias", np.zeros(len(head))), tokenizer)
+        bias = tensors.get("score.bias", np.zeros(len(head)))
+        return cls(model, head, bias, tokenizer, tensors.get("score.confidence"))
 
     @property
     def model(self) -> Transformer:
         """The backbone."""
         return nnx.merge(self.graph, self.weights)
 
-    def value(self, hidden: Float[ArrayLike, "... D"]) -> Float[Array, "..."]:
-        """Score in [0, 1] of hidden states."""
+    def value(
+        self, hidden: Float[ArrayLike, "... D"], confidence: Float[ArrayLike, "... 2"] = (0.0, 0.0)
+    ) -> Float[Array, "..."]:
+        """Score in [0, 1] of hidden states, and of how likely the texts are to the backbone."""
         logits = jnp.asarray(hidden) @ self.head.T + self.bias
+        if self.confidence is not None:
+            logits += jnp.asarray(confidence) @ self.confidence.T
         if self.head.shape[0] == 1:
             return jax.nn.sigmoid(logits[..., 0])
         return jax.nn.softmax(logits, axis=-1)[..., 1]
@@ -143,7 +170,7 @@ class ProcessRewardModel(eqx.Module):
         if complete is None:
             complete = bool(steps) and re.search(r"Answer\s*:", steps[-1]) is not None
         tokens = self.tokenizer.encode(prompt)
-        ends = []
+        begin, ends = len(tokens), []
         for number, step in enumerate(steps):
             final = complete and number == len(steps) - 1 and self.tokenizer.end_tokens
             line = step.rstrip("\n")
@@ -159,7 +186,7 @@ class ProcessRewardModel(eqx.Module):
             return jnp.zeros(0)
         padded = np.zeros(cache.bucketed(len(tokens)), np.int32)
         padded[: len(tokens)] = tokens
-        return _values(self, jnp.asarray(padded))[jnp.asarray(ends)]
+        return _values(self, jnp.asarray(padded), jnp.asarray(begin))[jnp.asarray(ends)]
 
     def given(self, prompt: Any) -> "ProcessRewardModel":
         """This model with a prompt read, one copy for all particles.
@@ -184,7 +211,9 @@ class ProcessRewardModel(eqx.Module):
     def start(self, lm: LanguageModel) -> Judged:
         """The state before any step, with room for the texts of `lm`."""
         one = jnp.ones(())
-        return Judged(one, one, jnp.zeros((), jnp.int32), cache.empty(self.config, lm.max_tokens))
+        nothing = jnp.zeros((), jnp.int32)
+        room = cache.empty(self.config, lm.max_tokens)
+        return Judged(one, one, nothing, jnp.zeros(self.config.hidden_size), jnp.zeros(2), room)
 
     def read(self, judged: Judged, state: TextState, step_tokens: int) -> Judged:
         """Judge the newest step of a text, of at most `step_tokens` tokens.
@@ -206,19 +235,55 @@ class ProcessRewardModel(eqx.Module):
             tokens[None],
             count[None],
         )
-        value = self.value(hidden[0, jnp.maximum(count - 1, 0)])
+        hidden = hidden[0]
+        confidence = judged.confidence
+        if self.confidence is not None:
+            before = jnp.concatenate([judged.hidden[None], hidden[:-1]])
+            place = jnp.arange(step_tokens)
+            counted = (place < count) & (judged.length + place > 0)
+            told = jnp.where(counted, log_probabilities(self.model, before, tokens), 0.0)
+            lowest = jnp.minimum(confidence[1], jnp.min(told))
+            confidence = jnp.stack([confidence[0] + jnp.sum(told), lowest])
+        last = hidden[jnp.maximum(count - 1, 0)]
         new = count > 0
         return Judged(
-            jnp.where(new, value, judged.score),
+            jnp.where(new, self.value(last, confidence), judged.score),
             jnp.where(new, judged.score, judged.previous),
             judged.length + count,
+            jnp.where(new, last, judged.hidden),
+            confidence,
             jax.tree.map(lambda x: x[0], suffix),
         )
 
 
+def log_probabilities(
+    model: Transformer, before: Float[Array, "... S D"], tokens: Int32[Array, "... S"]
+) -> Float[Array, "... S"]:
+    """Log probability of each token to a language model, from the hidden state before it."""
+    told = jax.nn.log_softmax(model.logits(before), axis=-1)
+    return jnp.take_along_axis(told, tokens[..., None], axis=-1)[..., 0]
+
+
+def readings(
+    model: Transformer, tokens: Int32[Array, "B S"], begin: Int32[Array, " B"]
+) -> tuple[Float[Array, "B S D"], Float[Array, "B S 2"]]:
+    """What a head reads at every token of whole texts, whose prompts have `begin` tokens.
+
+    Returns:
+        hidden states, and the confidence (see the module docstring) up to each token.
+    """
+    hidden = model(tokens)
+    told = log_probabilities(model, hidden[:, :-1], tokens[:, 1:])
+    told = jnp.pad(told, ((0, 0), (1, 0)))
+    told = jnp.where(jnp.arange(tokens.shape[1]) > begin[:, None], told, 0.0)
+    so_far = (jnp.cumsum(told, axis=1), jax.lax.cummin(told, axis=1))
+    return hidden, jnp.stack(so_far, axis=-1)
+
+
 @eqx.filter_jit
-def _values(prm: ProcessRewardModel, tokens):
-    return prm.value(prm.model(tokens[None])[0])
+def _values(prm: ProcessRewardModel, tokens, begin):
+    hidden, confidence = readings(prm.model, tokens[None], begin[None])
+    return prm.value(hidden, confidence)[0]
 
 
 @eqx.filter_jit

@@ -6,7 +6,7 @@ and a prefix is labelled with the share of right ones among the roll-outs from t
 line end that has this prefix: an unbiased Monte Carlo estimate of the chance to get there.
 
 Source: Wang et al. 2024, "Math-Shepherd", section 3.3 (soft estimation). They label the picked
-line ends only; here every token after the prompt is a prefix with a label, which costs no more.
+line ends only; here all line ends of all roll-outs are prefixes with a label, which costs no more.
 """
 
 import functools
@@ -32,14 +32,14 @@ class Labelled(NamedTuple):
 
     Attributes:
         tokens: `(n, S)` int32, prompt and solution, zeros after them.
-        labels: `(n, S)` float16 in [0, 1]: of the prefix that ends with this token; NaN where there
-            is none (the prompt, the part that a text shares with an earlier row, the padding).
-        story: `(n,)` int32, rows of one story have one number.
+        labels: `(n, S)` float16 in [0, 1]: of the prefix that ends with this token; NaN where it
+            ends no line, or belongs to the part that a text shares with another row.
+        begin: `(n,)` int32, length of the prompt.
     """
 
     tokens: np.ndarray
     labels: np.ndarray
-    story: np.ndarray
+    begin: np.ndarray
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
@@ -128,13 +128,17 @@ def label(
         return float(ended and tasks.grade(tokenizer.decode(text), told[number]))
 
     width = LONGEST_PROMPT + LONGEST_SOLUTION
-    tokens, labels, numbers = [], [], []
+    tokens, labels, begins = [], [], []
 
     def add(number: int, row: list[int], marks: np.ndarray) -> None:
-        tokens.append(np.pad(np.asarray(row[:width], np.int32), (0, max(0, width - len(row)))))
-        labels.append(np.full(width, np.nan, np.float16))
-        labels[-1][: len(marks)] = marks[:width]
-        numbers.append(number)
+        ids = np.zeros(width, np.int32)
+        ids[: len(row)] = row[:width]
+        label = np.full(width, np.nan, np.float16)
+        label[: len(marks)] = marks[:width]
+        label[~np.isin(ids, (newline, tokenizer.end_tokens[0]))] = np.nan
+        tokens.append(ids)
+        labels.append(label)
+        begins.append(len(prompts[number]))
 
     branches: dict[int, list[tuple[int, list[list[int]]]]] = {n: [] for n in range(stories)}
     for number, prefix, texts in zip(owners, prefixes, completed, strict=True):
@@ -160,7 +164,7 @@ def label(
         right_lines += seen[0]
         lines += seen[1]
     seen = {"solved": solved / stories, "right step": right_lines / max(lines, 1)}
-    return Labelled(np.stack(tokens), np.stack(labels), np.asarray(numbers, np.int32)), seen
+    return Labelled(np.stack(tokens), np.stack(labels), np.asarray(begins, np.int32)), seen
 
 
 def _leading_right(text: str, story: tasks.Problem) -> tuple[int, int]:

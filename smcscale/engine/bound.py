@@ -156,6 +156,7 @@ def make_plan(
         corrected,
         num_islands,
         tuple(step.reads[i] for i in packed),
+        tuple(step.passed[i] for i in packed),
         heavy,
         view,
     )

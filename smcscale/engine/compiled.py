@@ -131,8 +131,9 @@ def initial_population(
         zeros + 1.0,
     )
     population, info = weigh(
-        plan.scheme, empty, unmoved, mutate.Mutated(carried, log_weights, {}), recorder(bound, plan)
-    )
+        plan.scheme, empty, unmoved, mutate.Mutated(carried, log_weights, {}),
+        recorder(bound, plan), first=True,
+    )  # fmt: skip
     return population, info, plan
 
 
@@ -154,8 +155,8 @@ def block(fixed: tuple, population: Population) -> tuple[Population, Info, Kept 
     chunk = plan.mutation.chunk
     first = population.time
 
-    def advance(pop: Population, step_keys: Array, frontier: tuple) -> tuple:
-        pop, info = one_step(bound, plan, pop, step_keys, frontier, _row(bound, pop.time))
+    def advance(pop: Population, step_keys: Array, frontier: tuple, valid: Any = None) -> tuple:
+        pop, info = one_step(bound, plan, pop, step_keys, frontier, _row(bound, pop.time), valid)
         kept = None
         if keep:
             leaves = jax.tree.leaves(recorded(bound, plan, pop.leaves))
@@ -164,6 +165,9 @@ def block(fixed: tuple, population: Population) -> tuple[Population, Info, Kept 
 
     def one(pop: Population, given: tuple) -> tuple:
         step_keys, frontier = given
+        if not any(plan.scheme.heavy):
+            # a row beyond the end is made and dropped: a branch would copy its operands every time
+            return advance(pop, step_keys, frontier, pop.time < stop)
         skipped = jax.eval_shape(lambda p: advance(p, step_keys, frontier)[1], pop)
         return jax.lax.cond(
             pop.time < stop,
@@ -187,13 +191,19 @@ def block(fixed: tuple, population: Population) -> tuple[Population, Info, Kept 
 
 
 def one_step(
-    bound: Bound, plan: Plan, population: Population, step_keys: Array, frontier: tuple, row: Any
+    bound: Bound,
+    plan: Plan,
+    population: Population,
+    step_keys: Array,
+    frontier: tuple,
+    row: Any,
+    valid: Array | None = None,
 ) -> tuple[Population, Info]:
-    """Resample, mutate, weigh: one row for all runs."""
-    resampled = resample(plan.scheme, population, step_keys, row)
+    """Resample, mutate, weigh: one row for all runs; nothing changes unless `valid`."""
+    resampled = resample(plan.scheme, population, step_keys, row, valid=valid)
     mutated = plan.mutation.apply(frontier, plan.full(resampled.leaves), row)
     mutated = mutated._replace(leaves=[mutated.leaves[i] for i in plan.packed])
-    return weigh(plan.scheme, population, resampled, mutated, recorder(bound, plan))
+    return weigh(plan.scheme, population, resampled, mutated, recorder(bound, plan), valid=valid)
 
 
 @eqx.filter_jit

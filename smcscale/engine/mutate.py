@@ -47,6 +47,7 @@ class Mutation(NamedTuple):
         reads: per state leaf, whether the step reads the previous one.
         uses: per state leaf, whether something is computed from the previous one.
         aliases: per state leaf, the first leaf that is the same array after a step.
+        passed: per state leaf, whether a step leaves it as it is.
         constant_bytes: bytes of arrays that the step closes over.
     """
 
@@ -57,6 +58,7 @@ class Mutation(NamedTuple):
     reads: tuple[bool, ...]
     uses: tuple[bool, ...]
     aliases: tuple[int, ...]
+    passed: tuple[bool, ...]
     constant_bytes: int
 
 
@@ -172,6 +174,7 @@ def mutation(
         split.reads[: len(leaves)],
         split.uses[: len(leaves)],
         split.aliases[: len(leaves)],
+        split.passed[: len(leaves)],
         split.constant_bytes,
     )
 
@@ -211,10 +214,9 @@ def _batched_mutation(
             new, log_weights, {n: jnp.sum(c, axis=1) for n, c in zip(names, costs, strict=True)}
         )
 
-    everything = (True,) * len(leaves)
-    return Mutation(
-        lambda keys: (keys,), apply, 1, 0, everything, everything, tuple(range(len(leaves))), 0
-    )
+    everything, nothing = (True,) * len(leaves), (False,) * len(leaves)
+    own = tuple(range(len(leaves)))
+    return Mutation(lambda keys: (keys,), apply, 1, 0, everything, everything, own, nothing, 0)
 
 
 def _checked(state: Any, structure: Any, leaves: list) -> list:

@@ -84,6 +84,7 @@ class Scheme(NamedTuple):
         corrected: whether the quotient of weights and resampling law is kept.
         num_islands: M; each island of N / M particles is resampled by itself.
         reads: leaves that the next step reads.
+        passed: leaves that a step leaves as they are.
         heavy: leaves that are moved in place.
         view: leaves -> what a look-ahead sees of the states.
     """
@@ -95,6 +96,7 @@ class Scheme(NamedTuple):
     corrected: bool
     num_islands: int
     reads: tuple[bool, ...]
+    passed: tuple[bool, ...]
     heavy: tuple[bool, ...]
     view: Any
 
@@ -106,6 +108,7 @@ def resample(
     row: Any,
     *,
     num_particles: int | None = None,
+    valid: Array | None = None,
 ) -> Resampled:
     """Resample the islands whose trigger fires; with `num_particles` all of them, to that number.
 
@@ -115,6 +118,7 @@ def resample(
         step_keys: `(R,)` keys of this step.
         row: the next row, for a look-ahead.
         num_particles: n, None to keep N.
+        valid: `()` bool, whether anything may happen; None: it may.
     """
     lw = population.log_weights
     num_runs, before = lw.shape
@@ -139,13 +143,17 @@ def resample(
         tilted = jax.vmap(tilt, in_axes=(0, None))(tilted, time)
     keeps_quotient = scheme.corrected and (scheme.lookahead is not None or bool(scheme.tilts))
 
-    alive = jnp.any(tilted > -jnp.inf, axis=1)
-    if num_particles is not None:
-        fire = jnp.ones(num_runs * islands, bool)
-    elif scheme.lookahead is None:
-        fire = population.fire & alive
+    if num_particles is None and scheme.lookahead is None and not scheme.tilts:
+        alive = fire = population.fire  # only the living fire
     else:
-        fire = jax.vmap(scheme.trigger, in_axes=(0, None))(viewed, time) & alive
+        alive = jnp.any(tilted > -jnp.inf, axis=1)
+        fire = jnp.ones(num_runs * islands, bool)
+        if num_particles is None and scheme.lookahead is None:
+            fire = population.fire & alive
+        elif num_particles is None:
+            fire = jax.vmap(scheme.trigger, in_axes=(0, None))(viewed, time) & alive
+    if valid is not None:
+        fire &= valid
     kernel_keys = jax.vmap(keys.resampling)(step_keys)
     if num_particles is not None:
         kernel_keys = jax.vmap(lambda k: jax.random.fold_in(k, 1))(kernel_keys)
@@ -158,7 +166,9 @@ def resample(
         (r or num_particles is not None) and not h
         for r, h in zip(scheme.reads, scheme.heavy, strict=True)
     )
-    same = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (num_runs * islands, size))
+
+    def same() -> Array:
+        return jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (num_runs * islands, size))
 
     def within_run(ancestors: Array) -> Array:
         offsets = (jnp.arange(num_runs * islands, dtype=jnp.int32) % islands)[:, None] * size
@@ -170,19 +180,17 @@ def resample(
         if any(scheme.heavy):
             ancestors = jax.vmap(gather.canonical)(ancestors)
         if num_particles is None:
-            ancestors = jnp.where(fire[:, None], ancestors, same)
-        # a run's mean weight is 1 already; an island's is not
-        total = jnp.where(jnp.any(grouped > -jnp.inf, axis=1, keepdims=True), 0.0, -jnp.inf)
-        if islands > 1:
-            total = jax.nn.logsumexp(grouped, axis=1, keepdims=True) - jnp.log(float(size))
-        new = jnp.broadcast_to(total.astype(lw.dtype), (num_runs * islands, n))
+            ancestors = jnp.where(fire[:, None], ancestors, same())
+        # log-weights after resampling: of each particle, or one number for the island
         if keeps_quotient:
             norm = jax.nn.logsumexp(law, axis=1, keepdims=True) - jnp.log(float(size))
             quotient = jnp.where(tilted > -jnp.inf, grouped - tilted, -jnp.inf)
             new = jnp.take_along_axis(quotient, ancestors, axis=1) + norm
             new = jnp.where(alive[:, None], new, -jnp.inf)
-        if num_particles is None:
-            new = jnp.where(fire[:, None], new, grouped)
+        elif islands > 1 or num_particles is not None:
+            new = jax.nn.logsumexp(grouped, axis=1, keepdims=True) - jnp.log(float(size))
+        else:  # a run's mean weight is 1 already, an island's is not
+            new = jnp.zeros((num_runs, 1), lw.dtype)
         indices = within_run(ancestors)
         leaves = gather.move(population.leaves, indices, light)
         eve = None
@@ -190,17 +198,21 @@ def resample(
             eve = jnp.take_along_axis(population.eve, indices, axis=1)
         unique = gather.unique_ancestors(indices)
         chosen = [x for x, w in zip(leaves, light, strict=True) if w]
-        return chosen, new.reshape(num_runs, after), eve, indices, unique
+        return chosen, new.astype(lw.dtype), eve, indices, unique
 
     def skip() -> tuple:
         chosen = [x for x, w in zip(population.leaves, light, strict=True) if w]
         unique = jnp.full(num_runs, before, jnp.int32)
-        return chosen, lw, population.eve, within_run(same), unique
+        kept = grouped if keeps_quotient else jnp.zeros((num_runs * islands, 1), lw.dtype)
+        return chosen, kept, population.eve, within_run(same()), unique
 
+    # a branch copies what it returns: the log-weights that one number replaces stay outside
     if num_particles is None:
-        chosen, lw, eve, ancestors, unique = jax.lax.cond(jnp.any(fire), do, skip)
+        chosen, new, eve, ancestors, unique = jax.lax.cond(jnp.any(fire), do, skip)
+        lw = jnp.where(fire[:, None], new, grouped).reshape(num_runs, before)
     else:
-        chosen, lw, eve, ancestors, unique = do()
+        chosen, new, eve, ancestors, unique = do()
+        lw = jnp.broadcast_to(new, (num_runs * islands, n)).reshape(num_runs, after)
     moved = iter(chosen)
     leaves = [next(moved) if w else x for x, w in zip(population.leaves, light, strict=True)]
     if num_particles is None:
@@ -221,6 +233,9 @@ def weigh(
     resampled: Resampled,
     mutated: Mutated,
     record: Any,
+    *,
+    first: bool = False,
+    valid: Array | None = None,
 ) -> tuple[Population, Info]:
     """Add the step's log-weights, normalise, account for the evidence, measure.
 
@@ -230,6 +245,8 @@ def weigh(
         resampled: after its resampling.
         mutated: after its transition, with the log-weights to add.
         record: leaves -> the real leaves `(R, N, ...)` whose filter moments are kept.
+        first: the initial law: all leaves are new.
+        valid: `()` bool, whether the step counts; else the population stays. None: it counts.
     """
     lw = resampled.log_weights + mutated.log_weights.astype(resampled.log_weights.dtype)
     num_particles = lw.shape[1]
@@ -238,7 +255,7 @@ def weigh(
     # a NaN or +inf among the potentials shows in the maximum
     broken = jnp.isnan(largest) | (largest == jnp.inf)
     dead = total == 0
-    fire = _decide(scheme, lw, population.time + 1)
+    fire = _decide(scheme, lw, dead, population.time + 1)
     effective = jax.vmap(ess)(lw)
     increment = jnp.where(dead, -jnp.inf, largest + jnp.log(total / num_particles))
     lw = jnp.where(dead[:, None], lw, lw - increment[:, None])
@@ -247,7 +264,8 @@ def weigh(
     )
     measured = record(mutated.leaves)
     mean, variance = _moments(scaled, total, measured)
-    nan_state = _nan_states(mutated.leaves, measured, mean)
+    made = [x for x, p in zip(mutated.leaves, scheme.passed, strict=True) if first or not p]
+    nan_state = _nan_states(made, measured, mean, lw.shape[0])
     new = Population(
         mutated.leaves,
         lw,
@@ -259,6 +277,8 @@ def weigh(
         status.update(population.status, population.time, broken, nan_state, dead),
         population.time + 1,
     )
+    if valid is not None:
+        new = _where(valid, scheme, new, population, resampled)
     info = Info(
         effective,
         resampled.fired,
@@ -273,13 +293,26 @@ def weigh(
     return new, info
 
 
-def _decide(scheme: Scheme, log_weights: Array, time: Array) -> Array:
-    """Which islands resample before row `time`."""
+def _where(
+    valid: Array, scheme: Scheme, new: Population, old: Population, resampled: Resampled
+) -> Population:
+    """The new population where it is valid, else the old one (which did not resample)."""
+    pairs = zip(new.leaves, resampled.leaves, scheme.passed, strict=True)
+    leaves = [a if passed else jnp.where(valid, a, b) for a, b, passed in pairs]
+    old = old._replace(leaves=leaves, log_weights=resampled.log_weights, eve=new.eve)
+    new = new._replace(leaves=leaves)
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(valid, a, b), new, old)
+
+
+def _decide(scheme: Scheme, log_weights: Array, dead: Array, time: Array) -> Array:
+    """Which islands resample before row `time`; none that is all dead."""
     islands = log_weights.shape[0] * scheme.num_islands
     grouped = log_weights.reshape(islands, -1)
     if scheme.lookahead is not None:
         return jnp.zeros(islands, bool)
-    return jax.vmap(scheme.trigger, in_axes=(0, None))(grouped, time)
+    if scheme.num_islands > 1:
+        dead = jnp.all(grouped == -jnp.inf, axis=1)
+    return jax.vmap(scheme.trigger, in_axes=(0, None))(grouped, time) & ~dead
 
 
 def _accumulate(total: Array, compensation: Array, increment: Array) -> tuple[Array, Array]:
@@ -309,7 +342,7 @@ def _moments(scaled: Array, total: Array, leaves: list) -> tuple[list, list]:
     return means, variances
 
 
-def _nan_states(leaves: list, measured: list, means: list) -> Array:
+def _nan_states(leaves: list, measured: list, means: list, num_runs: int) -> Array:
     """Whether any inexact leaf of a run holds a NaN `(R,)`.
 
     A NaN among measured leaves shows in their mean, so they are searched only when it does.
@@ -318,13 +351,11 @@ def _nan_states(leaves: list, measured: list, means: list) -> Array:
     seen = {id(x) for x in measured}
 
     def search(group: list) -> Array:
-        found = jnp.zeros(leaves[0].shape[0], bool)
+        found = jnp.zeros(num_runs, bool)
         for leaf in group:
             found |= jnp.any(jnp.isnan(leaf), axis=tuple(range(1, leaf.ndim)))
         return found
 
-    if not leaves:
-        return jnp.zeros(1, bool)
     covered = [x for x in inexact if id(x) in seen]
     found = search([x for x in inexact if id(x) not in seen])
     suspicious = jnp.zeros((), bool)
