@@ -14,7 +14,7 @@ without it the prompt travels in the state.  Read next: `decode.py`, `program.py
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 import equinox as eqx
 import jax
@@ -215,7 +215,7 @@ class LanguageModel(eqx.Module):
         """What one state has written, without the prompt."""
         return self.decode(np.asarray(state.written.tokens)[: int(state.written.length)])
 
-    def decode(self, tokens: Iterable[int]) -> str:
+    def decode(self, tokens: Iterable[SupportsIndex]) -> str:
         """Text of token ids."""
         if self.tokenizer is None:
             raise ValueError("smcscale: a model without tokenizer has no text, only tokens.")

@@ -135,11 +135,11 @@ class ProcessRewardModel(eqx.Module):
         return nnx.merge(self.graph, self.weights)
 
     def value(
-        self, hidden: Float[ArrayLike, "... D"], confidence: Float[ArrayLike, "... 2"] = (0.0, 0.0)
+        self, hidden: Float[ArrayLike, "... D"], confidence: Float[ArrayLike, "... 2"] | None = None
     ) -> Float[Array, "..."]:
         """Score in [0, 1] of hidden states, and of how likely the texts are to the backbone."""
         logits = jnp.asarray(hidden) @ self.head.T + self.bias
-        if self.confidence is not None:
+        if self.confidence is not None and confidence is not None:
             logits += jnp.asarray(confidence) @ self.confidence.T
         if self.head.shape[0] == 1:
             return jax.nn.sigmoid(logits[..., 0])

@@ -8,6 +8,7 @@ contains the delimiter, and the end token.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import tokenizers
@@ -63,7 +64,7 @@ class Tokenizer:
         """Token ids of many texts."""
         return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
-    def decode(self, tokens: Iterable[int]) -> str:
+    def decode(self, tokens: Iterable[SupportsIndex]) -> str:
         """Text of token ids; special tokens are left out."""
         return self._backend.decode([int(token) for token in tokens])
 

@@ -7,13 +7,18 @@ import pytest
 from smcscale.models import parameters
 from smcscale.models.reasoning import transformer
 from smcscale.models.reasoning.reward_model import ProcessRewardModel
-from smcscale.models.reasoning.solve import shipped, shipped_reward_model
+from smcscale.models.reasoning.solve import (
+    shipped,
+    shipped_language_model,
+    shipped_reward_model,
+)
 from support.reasoning import tiny
 
 
-def test_reading_step_by_step_equals_a_full_pass():
+@pytest.mark.parametrize("confidence", [None, np.array([[0.1, 0.3]])])
+def test_reading_step_by_step_equals_a_full_pass(confidence):
     lm = tiny.language_model(step_tokens=3, max_tokens=12).given(tiny.PROMPT)
-    prm = tiny.reward_model().given(tiny.PROMPT)
+    prm = tiny.reward_model(confidence=confidence).given(tiny.PROMPT)
     state, judged, ends, found = lm.start(), prm.start(lm), [], []
     for index in range(5):
         state = lm.next_step(state).sample(jax.random.key(index))
@@ -44,6 +49,19 @@ def test_a_step_does_not_depend_on_later_ones():
     np.testing.assert_allclose(both[0], first[0], atol=1e-5)
 
 
+def test_shipped_scores_are_those_that_the_filter_sees():
+    lm, prm = shipped_language_model(), shipped_reward_model()
+    question = "Ana has 14 apples. She buys 7 more apples. How many apples does Ana have now?\n"
+    lm, given = lm.given(lm.read(question)), prm.given(question)
+    state, judged, seen = lm.start(), given.start(lm), []
+    for index in range(2):
+        state = lm.next_step(state).sample(jax.random.key(index))
+        judged = given.read(judged, state, lm.step_tokens)
+        seen.append(float(judged.score))
+    steps = lm.text(state).rstrip("\n").split("\n")
+    np.testing.assert_allclose(prm.score(question, steps), seen, atol=1e-4)
+
+
 @pytest.mark.refusal
 def test_steps_must_be_a_list():
     with pytest.raises(TypeError, match="needs a list"):
@@ -55,6 +73,8 @@ def test_a_head_of_another_width_is_refused():
     for head in (np.zeros((3, 16)), np.zeros((1, 15))):
         with pytest.raises(ValueError, match="reward head has shape"):
             ProcessRewardModel(model, head, np.zeros(len(head)), None)
+    with pytest.raises(ValueError, match="confidence has shape"):
+        ProcessRewardModel(model, np.zeros((1, 16)), np.zeros(1), None, np.zeros((1, 3)))
     with pytest.raises(ValueError, match="bias has shape"):
         ProcessRewardModel(model, np.zeros((1, 16)), np.zeros(2), None)
     two = ProcessRewardModel(model, np.zeros((2, 16)), np.array([0.0, np.log(3)]), None)

@@ -33,10 +33,10 @@ def language_model(seed: int = 0, step_tokens: int = 2, max_tokens: int = 4) -> 
     return LanguageModel(backbone(seed), None, ends, step_tokens=step_tokens, max_tokens=max_tokens)
 
 
-def reward_model(seed: int = 1) -> ProcessRewardModel:
+def reward_model(seed: int = 1, confidence=None) -> ProcessRewardModel:
     """A head that spreads scores over (0, 1)."""
     head = 0.15 * jax.random.normal(jax.random.key(seed), (1, 16))
-    return ProcessRewardModel(backbone(seed), head, jnp.zeros(1), None)
+    return ProcessRewardModel(backbone(seed), head, jnp.zeros(1), None, confidence)
 
 
 def texts(lm: LanguageModel, max_steps: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -76,10 +76,18 @@ def log_probability(lm: LanguageModel, tokens, prompt=PROMPT) -> float:
 
 def scores(prm: ProcessRewardModel, tokens, ends, prompt=PROMPT) -> list[float]:
     """Score at each step's end, by one full pass."""
-    values = np.asarray(_values(prm, jnp.asarray([*prompt, *tokens])), np.float64)
-    return [float(values[len(prompt) + end - 1]) for end in ends]
+    whole = jnp.asarray([*prompt, *tokens])
+    hidden, told = _full_pass(prm, whole)
+    told = np.asarray(told)[np.arange(len(whole) - 1), whole[1:]]  # of the token after each
+    found = []
+    for end in ends:
+        last = len(prompt) + end
+        so_far = np.append(told[len(prompt) : last - 1], 0.0)  # the first token is not counted
+        found.append(float(prm.value(hidden[last - 1], np.array([so_far.sum(), so_far.min()]))))
+    return found
 
 
 @eqx.filter_jit
-def _values(prm: ProcessRewardModel, tokens):
-    return prm.value(prm.model(tokens[None])[0])
+def _full_pass(prm: ProcessRewardModel, tokens):
+    hidden = prm.model(tokens[None])[0]
+    return hidden, jax.nn.log_softmax(prm.model.logits(hidden))
