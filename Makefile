@@ -13,7 +13,7 @@ STAMPS := $(VENV)/.stamps
 PYTEST := $(PY) -m pytest --quiet
 PLAIN := not slow and not grid
 # what `make test` runs, in this order, each timed
-STEPS := lint types test-all
+STEPS := lint types test-all float64 devices mutants-quick wheel
 TIMES := $(STAMPS)/times
 
 .DEFAULT_GOAL := help

@@ -104,8 +104,11 @@ def test_ancestry_is_compacted(monkeypatch):
 
 
 def test_a_run_does_not_depend_on_how_many_runs_there_are():
-    few, many = (run(WALK.program, WALK.data, num_runs=r) for r in (2, 5))
+    few, many = (run(WALK.program, series(60), num_runs=r) for r in (2, 5))
     np.testing.assert_array_equal(few.log_evidence, many.log_evidence[:2])
+    fired = np.asarray(many.diagnostics.resampled)
+    np.testing.assert_array_equal(few.diagnostics.resampled, fired[:2])
+    assert (fired.any(axis=0) & ~fired.all(axis=0)).any(), "runs resample at times of their own"
 
 
 def test_one_island_changes_no_number_and_four_stay_unbiased():

@@ -129,6 +129,55 @@ MUTATIONS = [
         "return np.zeros(result.num_runs)\n\n\ndef _comparable",
         "tests/results",
     ),
+    Mutation(
+        "NaN ESS read as enough",
+        "kernels/triggers.py",
+        "return ~(ess(log_weights) >= self.fraction * log_weights.size)",
+        "return ess(log_weights) < self.fraction * log_weights.size",
+        "tests/kernels/test_triggers.py",
+    ),
+    Mutation(
+        "ESS without the square of the weights",
+        "smcscale/weights.py",
+        "squares = jnp.sum(scaled * scaled)",
+        "squares = jnp.sum(scaled)",
+        "tests/kernels/test_weights.py",
+    ),
+    Mutation(
+        "stratified resampling with one uniform for all strata",
+        "kernels/resampling/schemes.py",
+        "points = _uniform_parts(key, (n,))",
+        "points = jnp.broadcast_to(_uniform_parts(key, (1,)), (n,))",
+        "tests/kernels/test_resampling.py -k 'variance_of_a_sum'",
+    ),
+    Mutation(
+        "residual resampling without its sure copies",
+        "kernels/resampling/schemes.py",
+        "return _ancestors(sure + drawn, n)",
+        "return _ancestors(drawn, n)",
+        "tests/kernels/test_resampling.py -k 'offspring and residual'",
+    ),
+    Mutation(
+        "the soft tilt forgets the dead",
+        "kernels/tilts.py",
+        "number = jnp.maximum(jnp.sum(alive), 1)",
+        "number = log_weights.size",
+        "tests/kernels/test_tilts.py -k soft_mixes",
+    ),
+    Mutation(
+        "finished texts weighed again",
+        "models/reasoning/program.py",
+        "weight = jnp.where(over, jnp.zeros_like(weight), weight)",
+        "weight = jnp.where(over, weight, weight)",
+        "tests/models/reasoning/test_program.py -k 'evidence_and_law and odds and absorb'",
+    ),
+    Mutation(
+        "a row beyond the end of a block counts",
+        "smcscale/engine/compiled.py",
+        "return advance(pop, step_keys, frontier, pop.time < stop)",
+        "return advance(pop, step_keys, frontier)",
+        "tests/engine/test_laws.py -k block_size",
+    ),
 ]
 
 
