@@ -144,7 +144,11 @@ def report(args, right: dict, tokens: dict, step_accuracy: float, seconds: float
     result = {
         "question": "accuracy of `solve` on held-out word problems by number of particles",
         "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "machine": {
+            "cores": os.cpu_count(),
+            "cpu": platform.machine(),
+            "system": platform.system(),
+        },
         "versions": {
             "python": platform.python_version(),
             **{n: importlib.metadata.version(n) for n in ("jax", "numpyro", "flax", "smcscale")},
