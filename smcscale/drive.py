@@ -1,8 +1,9 @@
 """One run: the host loop over compiled blocks, its errors, and the result it leaves."""
 
+import functools
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,7 @@ class Drive:
         self.run_keys = keys.run_keys(key, smc.num_runs)
         self.eve = self.filter.resampling is multinomial
         self.infos: list[Info] = []
+        self.lengths: list[int] = []  # rows of each that count
         self.kept: list[Kept] = []
         self.ancestry: Live | None = None
         self.done = 0
@@ -115,13 +117,15 @@ class Drive:
                 while start < segment.last:
                     stop = min(start + steps, segment.last)
                     info, now = self.block(chunks, stop, size)
-                    self.infos.append(jax.tree.map(lambda x, n=stop - start: x[:n], info))
+                    self.infos.append(info)
+                    self.lengths.append(stop - start)
                     self.done = start = stop
                     if before is not None:
                         # one block late, so that reading it waits for nothing
                         self._raise(before)
                     before = now
-                    update(stop, lambda i=self.infos[-1]: (i.ess[-1], i.log_evidence[-1]))
+                    last = self.lengths[-1] - 1
+                    update(stop, lambda i=info, t=last: (i.ess[t], i.log_evidence[t]))
         if before is not None:
             self._raise(before)
         self._raise_dead(self.population.status)
@@ -241,28 +245,21 @@ class Drive:
             pop,
             meta.has_readout,
         )
-        infos = self.infos
-        if meta.first:
-            opening = jax.tree.map(lambda x: x[None], self.initial)
-            infos = [opening._replace(costs={}, ancestors=None), *infos]
-
-        def over_time(pick: Callable[[Info], Any]) -> Any:
-            pieces = [pick(i) for i in infos]
-            return jax.tree.map(lambda *x: jnp.moveaxis(jnp.concatenate(x), 0, 1), *pieces)
-
+        opening = self.initial._replace(costs={}, ancestors=None) if meta.first else None
+        told, spent = _joined(self.infos, opening, tuple(self.lengths))
         counts = np.concatenate(
             [np.full(s.last - s.first, s.num_particles, np.int32) for s in self.segments]
         )[: self.done]
-        resampled = np.array(over_time(lambda i: i.resampled))
+        resampled = np.array(told.resampled)
         for row in self.resized:
             if row < self.done:
                 resampled[:, row] = True
         diagnosed = result.Diagnostics(
-            ess=over_time(lambda i: i.ess),
+            ess=told.ess,
             resampled=jnp.asarray(resampled),
-            unique_ancestors=over_time(lambda i: i.unique_ancestors),
-            beta=over_time(lambda i: i.beta),
-            log_evidence=over_time(lambda i: i.log_evidence),
+            unique_ancestors=told.unique_ancestors,
+            beta=told.beta,
+            log_evidence=told.log_evidence,
             num_particles=counts,
             initial=result.Initial(self.initial.ess, self.initial.log_evidence),
             dead_time=pop.status.dead_time,
@@ -273,10 +270,8 @@ class Drive:
             "resampled_particles": float((resampled * counts).sum()),
             "seconds": seconds,
         }
-        for name in self.infos[0].costs if self.infos else ():
-            costs[name] = float(
-                sum(np.asarray(i.costs[name], np.float64).sum() for i in self.infos)
-            )
+        for name, values in spent.items():
+            costs[name] = float(np.asarray(values, np.float64).sum())
         return result.Result(
             log_evidence=pop.log_evidence,
             log_weights=pop.log_weights,
@@ -286,8 +281,8 @@ class Drive:
             eve=pop.eve,
             num_resamplings=pop.num_resamplings,
             moments=result.Moments(
-                jax.tree.unflatten(moments, over_time(lambda i: i.mean)),
-                jax.tree.unflatten(moments, over_time(lambda i: i.variance)),
+                jax.tree.unflatten(moments, told.mean),
+                jax.tree.unflatten(moments, told.variance),
             ),
             history=self._history(final),
             diagnostics=diagnosed,
@@ -337,6 +332,27 @@ def schedule(smc: Any, meta: Meta) -> list[Segment]:
         divisible(n, smc.num_islands)
     edges = [t for t in range(steps) if t == 0 or numbers[t] != numbers[t - 1]] + [steps]
     return [Segment(a, b, numbers[a]) for a, b in itertools.pairwise(edges)]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _joined(infos: list[Info], opening: Info | None, lengths: tuple[int, ...]) -> tuple:
+    """What the steps told, runs first and rows after, and the costs by row.
+
+    Args:
+        infos: of the blocks, rows first.
+        opening: of a first row that no block made.
+        lengths: how many rows of each block count.
+    """
+    costs = [i.costs for i in infos]
+    pieces = [
+        jax.tree.map(lambda x, n=n: x[:n], i._replace(costs={}))
+        for i, n in zip(infos, lengths, strict=True)
+    ]
+    if opening is not None:
+        pieces = [jax.tree.map(lambda x: x[None], opening), *pieces]
+    told = jax.tree.map(lambda *x: jnp.moveaxis(jnp.concatenate(x), 0, 1), *pieces)
+    spent = [jax.tree.map(lambda x, n=n: x[:n], c) for c, n in zip(costs, lengths, strict=True)]
+    return told, jax.tree.map(lambda *x: jnp.concatenate(x), *spent) if spent else {}
 
 
 def _block(num_steps: int, chunk: int) -> tuple[int, int]:
