@@ -1,6 +1,5 @@
 """One run: the host loop over compiled blocks, its errors, and the result it leaves."""
 
-import functools
 import itertools
 import os
 from collections.abc import Sequence
@@ -246,7 +245,7 @@ class Drive:
             meta.has_readout,
         )
         opening = self.initial._replace(costs={}, ancestors=None) if meta.first else None
-        told, spent = _joined(self.infos, opening, tuple(self.lengths))
+        told, spent = compiled.joined(self.infos, opening, tuple(self.lengths))
         counts = np.concatenate(
             [np.full(s.last - s.first, s.num_particles, np.int32) for s in self.segments]
         )[: self.done]
@@ -332,27 +331,6 @@ def schedule(smc: Any, meta: Meta) -> list[Segment]:
         divisible(n, smc.num_islands)
     edges = [t for t in range(steps) if t == 0 or numbers[t] != numbers[t - 1]] + [steps]
     return [Segment(a, b, numbers[a]) for a, b in itertools.pairwise(edges)]
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _joined(infos: list[Info], opening: Info | None, lengths: tuple[int, ...]) -> tuple:
-    """What the steps told, runs first and rows after, and the costs by row.
-
-    Args:
-        infos: of the blocks, rows first.
-        opening: of a first row that no block made.
-        lengths: how many rows of each block count.
-    """
-    costs = [i.costs for i in infos]
-    pieces = [
-        jax.tree.map(lambda x, n=n: x[:n], i._replace(costs={}))
-        for i, n in zip(infos, lengths, strict=True)
-    ]
-    if opening is not None:
-        pieces = [jax.tree.map(lambda x: x[None], opening), *pieces]
-    told = jax.tree.map(lambda *x: jnp.moveaxis(jnp.concatenate(x), 0, 1), *pieces)
-    spent = [jax.tree.map(lambda x, n=n: x[:n], c) for c, n in zip(costs, lengths, strict=True)]
-    return told, jax.tree.map(lambda *x: jnp.concatenate(x), *spent) if spent else {}
 
 
 def _block(num_steps: int, chunk: int) -> tuple[int, int]:

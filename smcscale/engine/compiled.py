@@ -5,6 +5,7 @@ value) and the shapes of the arguments, and run the front end again on their own
 of the same shape, a rebuilt filter or another seed compile nothing.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -229,6 +230,27 @@ def resize(
         eve=moved.eve,
         num_resamplings=population.num_resamplings + 1,
     )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def joined(infos: list[Info], opening: Info | None, lengths: tuple[int, ...]) -> tuple:
+    """What the steps told, runs first and rows after, and the costs by row.
+
+    Args:
+        infos: of the blocks, rows first.
+        opening: of a first row that no block made.
+        lengths: how many rows of each block count.
+    """
+    costs = [i.costs for i in infos]
+    pieces = [
+        jax.tree.map(lambda x, n=n: x[:n], i._replace(costs={}))
+        for i, n in zip(infos, lengths, strict=True)
+    ]
+    if opening is not None:
+        pieces = [jax.tree.map(lambda x: x[None], opening), *pieces]
+    told = jax.tree.map(lambda *x: jnp.moveaxis(jnp.concatenate(x), 0, 1), *pieces)
+    spent = [jax.tree.map(lambda x, n=n: x[:n], c) for c, n in zip(costs, lengths, strict=True)]
+    return told, jax.tree.map(lambda *x: jnp.concatenate(x), *spent) if spent else {}
 
 
 @eqx.filter_jit
