@@ -105,7 +105,7 @@ def constant(y, scale):
 )
 def test_a_value_that_does_not_move(y, scale, log_evidence, mean, variance):
     # the prior seldom comes near one sharp row: that takes more particles
-    num_particles = 8000 if scale < 1 else 400
+    num_particles = 12_000 if scale < 1 else 400
     smc, evidence = replicated(constant, jnp.asarray(y), scale, num_particles=num_particles)
     ratio = np.exp(evidence - log_evidence)
     found, square = moments(smc, "x")
