@@ -145,7 +145,7 @@ def cumulative_counts(log_weights: LogWeights, n: int) -> Counts:
             f"smcscale: offspring of {log_weights.size} particles for {n} cannot be counted "
             f"exactly; at most {MOST} can.\n  try: SMC(..., num_islands=M)."
         )
-    return scaled_prefix_sum(jnp.exp(log_weights - jnp.max(log_weights)), n, n)
+    return scaled_prefix_sum(scale(log_weights)[0], n, n)
 
 
 def scaled_prefix_sum(
@@ -174,7 +174,7 @@ def scaled_prefix_sum(
     # `shift` bits of the whole belong to the part, of `part` as many as still fit
     spare = PARTS.bit_length() - _UNITS.bit_length() - shift
     part = part << spare if spare >= 0 else part >> -spare
-    return Counts(whole >> shift, (whole % 2**shift) * (PARTS >> shift) + part)
+    return Counts(whole >> shift, (whole & (2**shift - 1)) * (PARTS >> shift) + part)
 
 
 def _rows(values: Shaped[Array, " N"]) -> Shaped[Array, "rows columns"]:

@@ -31,9 +31,10 @@ from smcscale.weights import (
 
 
 def _ancestors(boundaries: Int32[Array, " N"], n: int) -> Ancestors:
-    """Ancestors whose last slots, plus one, are `boundaries`; sorted."""
-    starts = jnp.zeros(n, jnp.int32).at[boundaries[:-1]].add(1, mode="drop")
-    return prefix_sum(starts)
+    """Ancestors whose last slots, plus one, are `boundaries`, all of them up to `n`; sorted."""
+    # the last boundary is n and drops out; cut off instead, it would keep XLA from vectorising
+    starts = jnp.zeros(n, jnp.int32).at[boundaries.astype(jnp.uint32)].add(1, mode="drop")
+    return jnp.minimum(prefix_sum(starts), boundaries.size - 1)  # broken weights stay in range
 
 
 def systematic(key: Key, log_weights: LogWeights, n: int) -> Ancestors:

@@ -140,11 +140,11 @@ def initial_population(
 
 @eqx.filter_jit(donate="all-except-first")
 def block(fixed: tuple, population: Population) -> tuple[Population, Info, Kept | None, Status]:
-    """A block of steps: a scan over chunks, whose noise is drawn at once, of scans over steps.
+    """A block of steps: a loop over chunks, whose noise is drawn at once, of loops over steps.
 
     Args:
         fixed: `(pf, run_keys, sizes, args, kwargs, (chunks, keep), stop)`; rows up to `stop` (a
-            traced number) are made, the rest of the block is skipped.
+            traced number) are made, the rest of the block stays zero.
         population: donated.
     Returns:
         the population, its infos and what is kept `(B, ...)`, and a copy of the status that outlives
@@ -156,37 +156,41 @@ def block(fixed: tuple, population: Population) -> tuple[Population, Info, Kept 
     chunk = plan.mutation.chunk
     first = population.time
 
-    def advance(pop: Population, step_keys: Array, frontier: tuple, valid: Any = None) -> tuple:
-        pop, info = one_step(bound, plan, pop, step_keys, frontier, _row(bound, pop.time), valid)
+    def make(pop: Population, step_keys: Array, frontier: tuple) -> tuple:
+        pop, info = one_step(bound, plan, pop, step_keys, frontier, _row(bound, pop.time))
         kept = None
         if keep:
             leaves = jax.tree.leaves(recorded(bound, plan, pop.leaves))
             kept = Kept(leaves, info.ancestors, pop.log_weights)
         return pop, (info._replace(ancestors=None), kept)
 
-    def one(pop: Population, given: tuple) -> tuple:
-        step_keys, frontier = given
-        if not any(plan.scheme.heavy):
-            # a row beyond the end is made and dropped: a branch would copy its operands every time
-            return advance(pop, step_keys, frontier, pop.time < stop)
-        skipped = jax.eval_shape(lambda p: advance(p, step_keys, frontier)[1], pop)
-        return jax.lax.cond(
-            pop.time < stop,
-            lambda p: advance(p, step_keys, frontier),
-            lambda p: (p, jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), skipped)),
-            pop,
+    def draw(start: Array) -> tuple:
+        times = start + jnp.arange(chunk, dtype=jnp.int32)
+        step_keys = jax.vmap(lambda t: jax.vmap(lambda k: keys.step(k, t))(run_keys))(times)
+        return step_keys, jax.vmap(lambda ks: plan.mutation.noise(jax.vmap(keys.move)(ks)))(
+            step_keys
         )
 
-    def chunk_of_steps(pop: Population, index: Array) -> tuple:
-        times = first + index * chunk + jnp.arange(chunk, dtype=jnp.int32)
-        step_keys = jax.vmap(lambda t: jax.vmap(lambda k: keys.step(k, t))(run_keys))(times)
-        frontier = jax.vmap(lambda ks: plan.mutation.noise(jax.vmap(keys.move)(ks)))(step_keys)
-        return jax.lax.scan(one, pop, (step_keys, frontier))
+    def chunk_of_steps(index: Array, state: tuple) -> tuple:
+        done = index * chunk
+        given = draw(first + done)
 
-    population, out = jax.lax.scan(
-        chunk_of_steps, population, jnp.arange(num_chunks, dtype=jnp.int32)
+        def one(i: Array, state: tuple) -> tuple:
+            pop, out = state
+            pop, told = make(pop, *_at(given, i))
+            return pop, jax.tree.map(
+                lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, done + i, 0), out, told
+            )
+
+        return jax.lax.fori_loop(0, jnp.minimum(stop - first - done, chunk), one, state)
+
+    # loops of a traced number of steps, not scans: rows beyond the end are never made
+    told = jax.eval_shape(lambda p: make(p, *_at(draw(first), 0))[1], population)
+    rows = num_chunks * chunk
+    empty = jax.tree.map(lambda t: jnp.zeros((rows, *t.shape), t.dtype), told)
+    population, (info, kept) = jax.lax.fori_loop(
+        0, (stop - first + chunk - 1) // chunk, chunk_of_steps, (population, empty)
     )
-    info, kept = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
     now = jax.tree.map(lambda x: x + 0, population.status)
     return population, info, kept, now
 
@@ -198,13 +202,12 @@ def one_step(
     step_keys: Array,
     frontier: tuple,
     row: Any,
-    valid: Array | None = None,
 ) -> tuple[Population, Info]:
-    """Resample, mutate, weigh: one row for all runs; nothing changes unless `valid`."""
-    resampled = resample(plan.scheme, population, step_keys, row, valid=valid)
+    """Resample, mutate, weigh: one row for all runs."""
+    resampled = resample(plan.scheme, population, step_keys, row)
     mutated = plan.mutation.apply(frontier, plan.full(resampled.leaves), row)
     mutated = mutated._replace(leaves=[mutated.leaves[i] for i in plan.packed])
-    return weigh(plan.scheme, population, resampled, mutated, recorder(bound, plan), valid=valid)
+    return weigh(plan.scheme, population, resampled, mutated, recorder(bound, plan))
 
 
 @eqx.filter_jit
@@ -335,10 +338,12 @@ def plan_again(pf: Any, bound: Bound, run_keys: Array, sizes: Sizes) -> Plan:
     return make_plan(pf, bound, leaves, structure[0], sizes.num_islands, run_keys.dtype)
 
 
+def _at(rows: Any, index: Any) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), rows)
+
+
 def _row(bound: Bound, time: Array) -> Any:
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x, time, keepdims=False), bound.inputs
-    )
+    return _at(bound.inputs, time)
 
 
 @eqx.filter_jit
