@@ -34,7 +34,9 @@ def run_cell(cell: tuple[str, str, str, str, str]) -> dict:
 
     from support.cells import replicates
     from support.exact import MODELS
+    from support.room import make_room
 
+    make_room()
     model, kernel, trigger, tilt, mode = cell
     exact = MODELS[model]
     found = replicates(exact, kernel, trigger, tilt, mode)

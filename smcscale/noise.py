@@ -187,7 +187,7 @@ def _logs_of_exponentials(eqns: list, constants: set) -> dict[int, tuple]:
     """Equations `log(c * exp(x))`, c a constant, by id: `(c, x)`, to be run as `log(c) + x`.
 
     The density of a Normal whose scale is an exponential has this form, XLA leaves it as it is, and
-    it costs a seventh of a stochastic volatility filter.
+    it would be a visible part of a stochastic volatility filter.
     """
     made = {v: eqn for eqn in eqns for v in eqn.outvars}
 

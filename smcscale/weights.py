@@ -99,8 +99,7 @@ def largest_beta(
     return jnp.where(ok(log_weights), one, low)
 
 
-#: Numbers added by one matrix product: float32 holds their sums exactly, and 32 was the fastest of
-#: 16 to 128 on CPU; rows that need no padding, such as 40 for N = 1000, were slower.
+#: Numbers added by one matrix product: float32 holds their sums exactly.
 _ROW = 32
 #: Units of a fractional part while summing: a row of them stays below 2**24, which float32 holds.
 _UNITS = 1 << 17

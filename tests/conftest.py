@@ -1,15 +1,13 @@
 """Every annotation of the project is checked at run time while tests run."""
 
-import gc
 import os
-from pathlib import Path
 
 import hypothesis
-import jax
 import jaxtyping
 import pytest
 
 import support.checking  # noqa: F401  named in the hook below
+from support.room import make_room
 
 # before the first import of the project: jaxtyping rewrites modules as they load
 if os.environ.get("SMCSCALE_CHECK_TYPES", "0") != "0":  # set by `make test`
@@ -25,16 +23,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("default")
 
-MAPS = Path("/proc/self/maps")
-
 
 @pytest.fixture(autouse=True)
 def _room_for_compiled_code():
-    """Drop compiled programs before they fill the 65530 memory maps that Linux gives a process.
-
-    XLA maps several regions for each; beyond the limit it crashes while it compiles.
-    """
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
-        jax.clear_caches()
-        gc.collect()
+    make_room()

@@ -137,9 +137,19 @@ class ProcessRewardModel(eqx.Module):
     def value(
         self, hidden: Float[ArrayLike, "... D"], confidence: Float[ArrayLike, "... 2"] | None = None
     ) -> Float[Array, "..."]:
-        """Score in [0, 1] of hidden states, and of how likely the texts are to the backbone."""
+        """Score in [0, 1] of hidden states, and of how likely the texts are to the backbone.
+
+        Raises:
+            ValueError: the head reads the confidence and none is given.
+        """
         logits = jnp.asarray(hidden) @ self.head.T + self.bias
-        if self.confidence is not None and confidence is not None:
+        if self.confidence is not None:
+            if confidence is None:
+                raise ValueError(
+                    "smcscale: this reward head also reads how likely the text is, and `value` was "
+                    "given hidden states alone.\n  try: prm.value(hidden, confidence), as "
+                    "`readings` returns them, or prm.score(prompt, steps)."
+                )
             logits += jnp.asarray(confidence) @ self.confidence.T
         if self.head.shape[0] == 1:
             return jax.nn.sigmoid(logits[..., 0])

@@ -177,9 +177,7 @@ def test_spread_of_the_evidence_of_three_filters():
         low, high = published[name]
         error = spread[name] / (2 * num_runs) ** 0.5  # of a standard deviation of normal numbers
         assert low - 4 * error <= spread[name] <= high + 4 * error, name
-        # log Z_hat is low by half its variance
-        se = spread[name] / num_runs**0.5
-        assert (
-            abs(evidence.mean() + spread[name] ** 2 / 2 - exact) < 4 * se + 0.1 * spread[name] ** 2
-        )
+        if name != "bootstrap":  # near enough to log-normal: log Z_hat is low by half its variance
+            low_by = exact - evidence.mean()
+            assert abs(low_by - spread[name] ** 2 / 2) < 4 * spread[name] / num_runs**0.5, name
     assert spread["bootstrap"] >= 8 * spread["guided"]

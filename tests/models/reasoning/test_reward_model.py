@@ -77,6 +77,9 @@ def test_a_head_of_another_width_is_refused():
         ProcessRewardModel(model, np.zeros((1, 16)), np.zeros(1), None, np.zeros((1, 3)))
     with pytest.raises(ValueError, match="bias has shape"):
         ProcessRewardModel(model, np.zeros((1, 16)), np.zeros(2), None)
+    sure = ProcessRewardModel(model, np.zeros((1, 16)), np.zeros(1), None, np.ones((1, 2)))
+    with pytest.raises(ValueError, match="reads how likely the text is"):
+        sure.value(np.ones(16, np.float32))
     two = ProcessRewardModel(model, np.zeros((2, 16)), np.array([0.0, np.log(3)]), None)
     np.testing.assert_allclose(two.value(np.ones(16, np.float32)), 0.75, rtol=1e-6)
 
