@@ -173,11 +173,13 @@ def resample(
         return found
 
     def do() -> tuple:
-        law = jnp.where((fire & alive)[:, None], tilted, 0.0)
+        # one island is here because it fires
+        several = len(tilted) > 1 or num_particles is not None
+        law = jnp.where((fire & alive)[:, None], tilted, 0.0) if several else tilted
         ancestors = jax.vmap(lambda k, v: scheme.resampling(k, v, n))(kernel_keys(), law)
         if any(scheme.heavy):
             ancestors = jax.vmap(gather.canonical)(ancestors)
-        if num_particles is None:
+        if several and num_particles is None:
             ancestors = jnp.where(fire[:, None], ancestors, same())
         # log-weights after resampling: of each particle, or one number for the island
         if keeps_quotient:
