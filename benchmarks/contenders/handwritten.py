@@ -103,7 +103,7 @@ def prepare(y, num_particles, normals=normals, chunk=None):
     """`run(seed)` of the compiled filter."""
     rows = jnp.asarray(y)
     if chunk is None:
-        chunk = max(2, 65536 // num_particles)
+        chunk = 2 if num_particles > 65536 else (3 << 18) // num_particles
     compiled = make(num_particles, len(rows), min(chunk, len(rows)), normals)
 
     def run(seed):
