@@ -2,7 +2,7 @@
 
     python benchmarks/filter.py [--install-peers] [--sizes 1000 10000] [--repeats 7] [--quick]
 
-Stochastic volatility (`volatility` in the README), systematic resampling when the ESS falls below
+Stochastic volatility (the program of the README, other parameters), systematic resampling when the ESS falls below
 half, float32 in JAX (float64 in NumPy); every contender keeps, per step, log evidence, ESS, mean and
 variance, and the last particles. Each runs in a process of its own on the same data; one repeat asks
 each in turn, the other processes idle. The first run of a size, which compiles, is apart: a fresh
@@ -41,8 +41,8 @@ LABELS = {
     "with_smcscale": "smcscale",
     "written_out": "hand-written JAX, generator written out",
     "handwritten": "hand-written JAX, `jax.random.normal`",
-    "with_particles": "particles",
-    "with_cuthbert": "cuthbert",
+    "with_particles": "the library particles",
+    "with_cuthbert": "the library cuthbert",
 }
 PEERS = ("with_particles", "with_cuthbert")
 

@@ -24,7 +24,8 @@ class LookAhead(eqx.Module):
     The best eta is the predictive likelihood of the next row; a rough guess of it is as unbiased.
 
     Attributes:
-        log_eta: `(state, input) -> ()`, ONE particle, nats; finite wherever a particle lives.
+        log_eta: `(state, input) -> ()`, ONE particle (for a program: the loop's carry), nats; finite
+            wherever a particle lives.
             Networks and data belong into its leaves (`eqx.Module`), not into a closure.
 
     Args (of the call):

@@ -1,4 +1,4 @@
-"""smcscale: Sequential Monte Carlo for NumPyro programs, language models and diffusion, in JAX.
+"""smcscale: Sequential Monte Carlo for NumPyro programs and language models, in JAX.
 
 A program that moves a state through time and scores it is a Feynman-Kac model, and one particle
 engine runs them all. Start with `SMC(ParticleFilter(program), num_particles=...)`.

@@ -14,9 +14,10 @@ _OVERVIEW = """smcscale: Sequential Monte Carlo in JAX
   python -m smcscale filter data.csv --column NAME --model stochastic_volatility
       filter a column of a CSV file: a table, and a picture of the filtered state
   python -m smcscale solve "question"
-      solve a word problem with particles that a reward model judges; --model FOLDER for your own
+      solve a word problem with particles that a reward model judges; for your own models
+      --model FOLDER --reward FOLDER (without --reward the texts vote)
   python -m smcscale demo
-      both of these on shipped data, in under two minutes, with pictures in demo/
+      both of these on shipped data, with pictures in demo/
 
 Add --help to a command for its options. As a library: from smcscale import SMC, ParticleFilter"""
 
@@ -101,7 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     two = commands.add_parser("solve", help="solve a word problem")
     two.add_argument("question", help="the problem, in quotes")
     two.add_argument("--model", metavar="FOLDER", help="a Hugging Face layout; default: shipped")
-    two.add_argument("--reward", metavar="FOLDER", help="a process reward model for it")
+    two.add_argument(
+        "--reward",
+        metavar="FOLDER",
+        help="a process reward model with the same tokenizer; without it the texts vote",
+    )
     two.add_argument("--particles", type=_count, default=16, help="number of texts (%(default)s)")
     two.add_argument("--seed", type=int, default=0, help="of the random numbers (%(default)s)")
 

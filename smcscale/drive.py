@@ -112,10 +112,10 @@ class Drive:
                     )
                     size = segment.num_particles
                 start = max(segment.first, first)
-                chunks, steps = _block(segment.last - start, meta.chunk)
+                steps = _block(segment.last - start, meta.chunk)
                 while start < segment.last:
                     stop = min(start + steps, segment.last)
-                    info, now = self.block(chunks, stop, size)
+                    info, now = self.block(steps, stop, size)
                     self.infos.append(info)
                     self.lengths.append(stop - start)
                     self.done = start = stop
@@ -129,7 +129,7 @@ class Drive:
             self._raise(before)
         self._raise_dead(self.population.status)
 
-    def block(self, chunks: int, stop: int, size: int) -> tuple[Info, status.Status]:
+    def block(self, steps: int, stop: int, size: int) -> tuple[Info, status.Status]:
         start = self.done if self.done else self.meta.first
         keep = self.store != "last"
         fixed = (
@@ -138,7 +138,7 @@ class Drive:
             self.sizes(size),
             self.args,
             self.kwargs,
-            (chunks, keep),
+            (steps, keep),
             jnp.asarray(stop, jnp.int32),
         )
         self.population, info, kept, now = compiled.block(fixed, self.population)
@@ -209,7 +209,7 @@ class Drive:
                 )
                 size = segment.num_particles
             start = max(segment.first, self.meta.first)
-            chunks, steps = _block(segment.last - start, self.meta.chunk)
+            steps = _block(segment.last - start, self.meta.chunk)
             while start < min(segment.last, row):
                 stop = min(start + steps, segment.last, row)
                 fixed = (
@@ -218,7 +218,7 @@ class Drive:
                     self.sizes(size),
                     self.args,
                     self.kwargs,
-                    (chunks, self.store != "last"),
+                    (steps, self.store != "last"),
                     jnp.asarray(stop, jnp.int32),
                 )
                 population, _, _, _ = compiled.block(fixed, population)
@@ -333,12 +333,11 @@ def schedule(smc: Any, meta: Meta) -> list[Segment]:
     return [Segment(a, b, numbers[a]) for a, b in itertools.pairwise(edges)]
 
 
-def _block(num_steps: int, chunk: int) -> tuple[int, int]:
-    """Chunks and steps of a block: about `_BLOCK_STEPS`, few steps beyond the end."""
+def _block(num_steps: int, chunk: int) -> int:
+    """Steps of a block: about `_BLOCK_STEPS`, in whole chunks of noise."""
     chunks = max(1, -(-num_steps // chunk))
     blocks = max(1, round(chunks * chunk / _BLOCK_STEPS))
-    per_block = -(-chunks // blocks)
-    return per_block, per_block * chunk
+    return -(-chunks // blocks) * chunk
 
 
 def memory(smc: Any, meta: Meta, segments: list[Segment]) -> dict[str, int]:

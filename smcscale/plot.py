@@ -171,7 +171,7 @@ def genealogy(
         last: how many of the last steps to show.
         ax: matplotlib axes.
     Returns:
-        ax: titled with the number of distinct ancestors at the first step shown.
+        ax: titled with the number of distinct values at the first step shown.
     Raises:
         ValueError: when the run kept no paths.
     """

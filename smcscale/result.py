@@ -106,7 +106,7 @@ class Result(eqx.Module):
         history: see `History`; None under store="last".
         diagnostics: see `Diagnostics`.
         cost: totals over all runs by name.
-        biases: notes such as `"asymptotic: metropolis"` and `"no target: top_k"`.
+        biases: notes such as `"asymptotic: Metropolis"` and `"no target: TopK"`.
         key_data: of the run's key; fixes the draws of `get_samples`.
         warnings: lines for `print_summary`.
     """

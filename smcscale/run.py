@@ -197,11 +197,11 @@ class SMC:
 
     @property
     def filter(self) -> Any:
-        """Weighted filter means, variances and quantiles by step; see `results.filter`."""
+        """Weighted filter means, variances and quantiles by step; see `smcscale.result.filter`."""
         return results.filter(self.result)
 
     def get_samples(self, weighted: bool = False) -> Any:
-        """Equally weighted draws, runs pooled by their evidence; see `results.get_samples`."""
+        """Equally weighted draws, runs pooled by their evidence; see `smcscale.result.get_samples`."""
         return results.get_samples(self.result, weighted=weighted)
 
     def predict(self, key: Array, num_steps: int, xs: Any = None) -> dict:

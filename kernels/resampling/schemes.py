@@ -31,8 +31,11 @@ from smcscale.weights import (
 
 
 def _ancestors(boundaries: Int32[Array, " N"], n: int) -> Ancestors:
-    """Ancestors whose last slots, plus one, are `boundaries`, all of them up to `n`; sorted."""
-    # the last boundary is n and drops out; cut off instead, it would keep XLA from vectorising
+    """Ancestors whose last slots, plus one, are `boundaries`, nondecreasing up to `n`; sorted.
+
+    Slots from the last boundary on, if it is below n, mean nothing.
+    """
+    # boundaries of n drop out; cut off instead, the last one would keep XLA from vectorising
     starts = jnp.zeros(n, jnp.int32).at[boundaries.astype(jnp.uint32)].add(1, mode="drop")
     return jnp.minimum(prefix_sum(starts), boundaries.size - 1)  # broken weights stay in range
 

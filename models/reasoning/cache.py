@@ -10,7 +10,6 @@ moves whole rows.  Slots lie next to the head size: attention then needs no tran
 Position of suffix slot s is `visible + s`, where `visible` is how many prompt tokens count.
 """
 
-import math
 from typing import ClassVar
 
 import equinox as eqx
@@ -19,7 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from smcscale.models.reasoning import transformer
-from smcscale.models.reasoning.transformer import Config, Transformer
+from smcscale.models.reasoning.architecture import Config
+from smcscale.models.reasoning.transformer import Transformer
 
 BUCKET = 32
 #: stands for minus infinity in attention scores, so that an empty row stays finite
@@ -59,19 +59,19 @@ def read_batch(model: Transformer, tokens: Int32[Array, "B P"]) -> KeysValues:
     return KeysValues(jnp.swapaxes(keys, 2, 3), jnp.swapaxes(values, 2, 3))
 
 
-def attend(q, scale, parts):
+def attend(config: Config, q, parts):
     """Attention over several stretches of keys, as if they were one.
 
     Args:
+        config: scales and caps the scores.
         q: `(B, S, kv, r, head)`.
-        scale: multiplies the scores.
         parts: `(keys, values, mask)` each; keys and values `(B / m, kv, K, head)`, where m
             sequences in a row share them; `mask` bool, broadcastable to `(B, S, K)`.
     Returns:
         `(B, S, kv, r, head)`.
     """
     batch, length, groups, repeats, _size = q.shape
-    q = jnp.moveaxis(q * scale, 2, 1)  # (B, kv, S, r, head)
+    q = jnp.moveaxis(q * config.scale, 2, 1)  # (B, kv, S, r, head)
 
     def rows(x, shared):
         """`(B, kv, S, r, _)` as `(shared, kv, m S r, _)`."""
@@ -86,6 +86,7 @@ def attend(q, scale, parts):
     for keys, _, mask in parts:
         # this order of operands is the fast one on CPU: no transposed copy of the keys
         score = jnp.einsum("pgkh,pgqh->pgkq", keys, rows(q, keys.shape[0]))
+        score = transformer.capped(score, config.attention_cap)
         score = unrows(jnp.swapaxes(score, 2, 3), keys.shape[0])
         scores.append(jnp.where(mask[:, None, :, None], score, MASKED))
     share = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
@@ -122,28 +123,31 @@ def extend(
     config = model.config
     capacity = suffix.keys.shape[3]
     offsets = jnp.arange(tokens.shape[1])
-    rotation = transformer.rotations(config, (visible + length)[:, None] + offsets)
-    in_prompt = (jnp.arange(prompt.keys.shape[3]) < visible[:, None])[:, None]
+    before = jnp.arange(prompt.keys.shape[3])
+    written = visible[:, None] + jnp.arange(capacity)
+    positions = (visible + length)[:, None] + offsets
+    rotation = transformer.rotations(config, positions)
+    in_prompt = (before < visible[:, None])[:, None]
     in_suffix = (jnp.arange(capacity) < length[:, None])[:, None]
     causal = (offsets[:, None] >= offsets[None, :])[None]
 
     def layer(hidden, xs):
-        weights, prompt_k, prompt_v, suffix_k, suffix_v = xs
-        q, k, v = transformer.queries_keys_values(config, weights, hidden, rotation)
+        weights, kind, prompt_k, prompt_v, suffix_k, suffix_v = xs
+        angles = transformer.turned(rotation, kind)
+        q, k, v = transformer.queries_keys_values(config, weights, hidden, angles)
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         parts = [
-            (prompt_k, prompt_v, in_prompt),
-            (suffix_k, suffix_v, in_suffix),
-            (k, v, causal),
+            (prompt_k, prompt_v, in_prompt & transformer.near(kind, positions, before)),
+            (suffix_k, suffix_v, in_suffix & transformer.near(kind, positions, written)),
+            (k, v, causal & transformer.near(kind, positions, positions)),
         ]
-        attended = attend(q, 1 / math.sqrt(config.head_size), parts)
+        attended = attend(config, q, parts)
         return transformer.after_attention(config, weights, hidden, attended), (k, v)
 
-    hidden = jnp.take(model.embedding[...], tokens, axis=0)
+    hidden = model.embed(tokens)
     by_layer = (jnp.moveaxis(suffix.keys, 1, 0), jnp.moveaxis(suffix.values, 1, 0))
-    hidden, new = jax.lax.scan(
-        layer, hidden, (model.stacked(), prompt.keys, prompt.values, *by_layer), unroll=unroll
-    )
+    xs = (model.stacked(), transformer.kinds(config), prompt.keys, prompt.values, *by_layer)
+    hidden, new = jax.lax.scan(layer, hidden, xs, unroll=unroll)
     hidden = transformer.rms_norm(hidden, model.norm[...], config.norm_eps)
     # out of range where a token does not count: dropped by the scatter
     slots = jnp.where(offsets < count[:, None], length[:, None] + offsets, capacity)

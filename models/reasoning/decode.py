@@ -11,7 +11,6 @@ values are attended apart and written once for all layers by a scatter.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -230,11 +229,13 @@ def token_loop(
     config = model.config
     batch, room = states.tokens.shape
     rows = jnp.arange(batch)
-    layers = model.stacked()
+    layers, layer_kinds = model.stacked(), transformer.kinds(config)
     visible = prompt.length - 1  # the prompt's last token is the first pending one
     last = jnp.take_along_axis(prompt.tokens, visible[:, None], axis=1)[:, 0]
     visible, last = (jnp.repeat(x, batch // x.shape[0]) for x in (visible, last))
-    in_prompt = (jnp.arange(prompt.tokens.shape[1]) < visible[:, None])[:, None]
+    before = jnp.arange(prompt.tokens.shape[1])
+    written = visible[:, None] + jnp.arange(room)
+    in_prompt = (before < visible[:, None])[:, None]
     newest = jnp.take_along_axis(states.tokens, jnp.maximum(states.length - 1, 0)[:, None], axis=1)[
         :, 0
     ]
@@ -246,23 +247,26 @@ def token_loop(
 
     def one_token(carry):
         index, pending, tokens, length, done, finished, keys, values = carry
-        rotation = transformer.rotations(config, (visible + length)[:, None])
+        position = (visible + length)[:, None]
+        rotation = transformer.rotations(config, position)
         in_suffix = (jnp.arange(room) < length[:, None])[:, None]
         itself = jnp.ones((1, 1, 1), bool)
 
         def layer(hidden, xs):
-            weights, prompt_k, prompt_v, k_cache, v_cache = xs
-            q, k, v = transformer.queries_keys_values(config, weights, hidden, rotation)
+            weights, kind, prompt_k, prompt_v, k_cache, v_cache = xs
+            angles = transformer.turned(rotation, kind)
+            q, k, v = transformer.queries_keys_values(config, weights, hidden, angles)
             k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-            attended = cache.attend(
-                q,
-                1 / math.sqrt(config.head_size),
-                [(prompt_k, prompt_v, in_prompt), (k_cache, v_cache, in_suffix), (k, v, itself)],
-            )
+            parts = [
+                (prompt_k, prompt_v, in_prompt & transformer.near(kind, position, before)),
+                (k_cache, v_cache, in_suffix & transformer.near(kind, position, written)),
+                (k, v, itself),
+            ]
+            attended = cache.attend(config, q, parts)
             return transformer.after_attention(config, weights, hidden, attended), (k, v)
 
-        hidden = jnp.take(model.embedding[...], pending, axis=0)[:, None]
-        xs = (layers, prompt_cache.keys, prompt_cache.values, keys, values)
+        hidden = model.embed(pending)[:, None]
+        xs = (layers, layer_kinds, prompt_cache.keys, prompt_cache.values, keys, values)
         hidden, (k, v) = jax.lax.scan(layer, hidden, xs)
         hidden = transformer.rms_norm(hidden[:, 0], model.norm[...], config.norm_eps)
         slot = jnp.where(done, room, length)

@@ -13,6 +13,7 @@ without it the prompt travels in the state.  Read next: `decode.py`, `program.py
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, SupportsIndex
 
@@ -27,9 +28,10 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from smcscale.models import parameters
 from smcscale.models.reasoning import cache, decode, transformer
+from smcscale.models.reasoning.architecture import Config
 from smcscale.models.reasoning.decode import Prompted, Written
 from smcscale.models.reasoning.tokenizer import Tokenizer
-from smcscale.models.reasoning.transformer import Config, Transformer
+from smcscale.models.reasoning.transformer import Transformer
 
 
 class TextState(eqx.Module):
@@ -115,6 +117,8 @@ class LanguageModel(eqx.Module):
     ) -> "LanguageModel":
         """Read a folder with `config.json`, `model.safetensors` and `tokenizer.json`.
 
+        A `generation_config.json` beside them adds its end tokens.
+
         Args:
             path: the folder.
             delimiter: tokens that contain it end a step.
@@ -122,9 +126,9 @@ class LanguageModel(eqx.Module):
                 defaults under the key "smcscale".
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: another architecture than Qwen2 or Llama, broken or misshapen files.
+            ValueError: an architecture that is not in `architecture.FAMILIES`, broken or misshapen files.
         """
-        model, tokenizer = load_backbone(path)
+        model, tokenizer, _ = load_backbone(path)
         options = parameters.read_json(Path(path) / "config.json").get("smcscale", {}) | options
         mask = tokenizer.ends_step(delimiter, model.config.vocabulary_size)
         return cls(model, tokenizer, mask, **options)
@@ -159,7 +163,7 @@ class LanguageModel(eqx.Module):
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("smcscale: a model without tokenizer reads token ids, not text.")
-            prompt = self.tokenizer.encode(prompt)
+            prompt = self.tokenizer.encode_prompt(prompt)
         tokens = check_tokens(prompt, self.config)
         length = tokens.shape[0]
         if length == 0:
@@ -306,8 +310,13 @@ class NextStep(dist.Distribution):
         )
 
 
-def load_backbone(path: str | Path) -> tuple[Transformer, Tokenizer]:
-    """The transformer and the tokenizer of a model folder."""
+def load_backbone(
+    path: str | Path, *, writes: bool = True
+) -> tuple[Transformer, Tokenizer, dict[str, np.ndarray]]:
+    """The transformer, the tokenizer and all tensors of a model folder.
+
+    Unless it `writes`, the network may lack the matrix that makes logits.
+    """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(
@@ -315,8 +324,14 @@ def load_backbone(path: str | Path) -> tuple[Transformer, Tokenizer]:
             "layout (config.json, model.safetensors, tokenizer.json)."
         )
     config = Config.from_hf(parameters.read_json(path / "config.json"), str(path / "config.json"))
-    model = transformer.from_hf(config, parameters.load(path), str(path))
-    return model, Tokenizer.from_file(path / "tokenizer.json", config.end_tokens)
+    generation = path / "generation_config.json"
+    if generation.is_file():  # chat models add the token that ends a turn here
+        config = config.with_end_tokens(parameters.read_json(generation).get("eos_token_id"))
+    tensors = parameters.load(path)
+    if not writes and "lm_head.weight" not in tensors:
+        config = replace(config, tied=True)
+    model = transformer.from_hf(config, tensors, str(path))
+    return model, Tokenizer.from_file(path / "tokenizer.json", config.end_tokens), tensors
 
 
 def check_tokens(token_ids: Any, config: Config) -> Int32[Array, " S"]:

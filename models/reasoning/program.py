@@ -3,7 +3,8 @@
 The language model is the transition, the process reward model gives the potential, and any
 particle filter of the toolkit runs it:
 
-    SMC(ParticleFilter(reason), num_particles=16).run(key, lm, prm, prompt, max_steps=12)
+    smc = SMC(ParticleFilter(reason), num_particles=16)
+    smc.run(key, lm, prm, prompt, max_steps=12)
 
 | potential | G_t | target, up to Z | Z |
 |---|---|---|---|
@@ -95,12 +96,18 @@ def reason(
     Sites:
         step: `TextState`, the text after the step; score: of the newest step.
     Raises:
-        ValueError: for an unknown `finished`, or no steps.
+        ValueError: for an unknown `finished`, no steps, or models whose token ids differ.
     """
     if finished not in ("absorb", "reweigh"):
         raise ValueError(f'smcscale: `finished` must be "absorb" or "reweigh", got {finished!r}.')
     if max_steps < 1:
         raise ValueError(f"smcscale: max_steps must be at least 1, got {max_steps}.")
+    words, judged = lm.tokenizer, prm.tokenizer
+    if words is not None and judged is not None and not words.within(judged):
+        raise ValueError(
+            "smcscale: the language model's token ids mean other words to the reward model.\n"
+            "  try: a reward model with the language model's tokenizer."
+        )
     writer, judge = prompt if isinstance(prompt, Prompt) else (prompt, prompt)
     lm, prm = lm.given(writer), prm.given(judge)
 

@@ -26,8 +26,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int32
 
-from smcscale.models import parameters
 from smcscale.models.reasoning import cache
+from smcscale.models.reasoning.architecture import Config
 from smcscale.models.reasoning.cache import KeysValues
 from smcscale.models.reasoning.decode import Prompted
 from smcscale.models.reasoning.language_model import (
@@ -37,7 +37,7 @@ from smcscale.models.reasoning.language_model import (
     load_backbone,
 )
 from smcscale.models.reasoning.tokenizer import Tokenizer
-from smcscale.models.reasoning.transformer import Config, Transformer
+from smcscale.models.reasoning.transformer import Transformer
 
 
 class Judged(eqx.Module):
@@ -116,10 +116,9 @@ class ProcessRewardModel(eqx.Module):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: another architecture than Qwen2 or Llama, no head, or one of another width.
+            ValueError: an architecture that is not in `architecture.FAMILIES`, no head, or one of another width.
         """
-        model, tokenizer = load_backbone(path)
-        tensors = parameters.load(path)
+        model, tokenizer, tensors = load_backbone(path, writes=False)
         if "score.weight" not in tensors:
             raise ValueError(
                 f"smcscale: {path} has no tensor 'score.weight': it is no process reward model.\n"
@@ -179,7 +178,7 @@ class ProcessRewardModel(eqx.Module):
             )
         if complete is None:
             complete = bool(steps) and re.search(r"Answer\s*:", steps[-1]) is not None
-        tokens = self.tokenizer.encode(prompt)
+        tokens = self.tokenizer.encode_prompt(prompt)
         begin, ends = len(tokens), []
         for number, step in enumerate(steps):
             final = complete and number == len(steps) - 1 and self.tokenizer.end_tokens
@@ -212,7 +211,7 @@ class ProcessRewardModel(eqx.Module):
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("smcscale: a reward model without tokenizer reads token ids.")
-            prompt = self.tokenizer.encode(prompt)
+            prompt = self.tokenizer.encode_prompt(prompt)
         row = check_tokens(prompt, self.config)
         length = row.shape[0]
         tokens = jnp.zeros(cache.bucketed(length), jnp.int32).at[:length].set(row)

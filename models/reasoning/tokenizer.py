@@ -6,6 +6,7 @@ vocabulary of the shipped model (whole words, single digits, the newline a token
 contains the delimiter, and the end token.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import SupportsIndex
@@ -52,6 +53,11 @@ class Tokenizer:
     def __hash__(self) -> int:
         return hash((self._content, self.end_tokens))
 
+    def within(self, other: "Tokenizer") -> bool:
+        """Whether every token of this vocabulary has the same id in the other one."""
+        mine, theirs = self._backend.get_vocab(), other._backend.get_vocab()
+        return self == other or mine.items() <= theirs.items()
+
     @property
     def vocabulary_size(self) -> int:
         return self._backend.get_vocab_size()
@@ -59,6 +65,16 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text that begins one, after the tokens that its model expects first (BOS).
+
+        They come from the tokenizer's own post-processor, unless the text begins with them.
+        """
+        plain, whole = self.encode(text), self._backend.encode(text, add_special_tokens=True)
+        marked = zip(whole.ids, whole.special_tokens_mask, strict=True)
+        first = [token for token, _ in itertools.takewhile(lambda pair: pair[1], marked)]
+        return plain if plain[: len(first)] == first else first + plain
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of many texts."""
@@ -80,12 +96,12 @@ class Tokenizer:
         `size` is the width of the model's vocabulary where it exceeds the tokenizer's.
         """
         mask = np.zeros(size or self.vocabulary_size, bool)
-        for index in range(self.vocabulary_size):
+        for index in range(min(len(mask), self.vocabulary_size)):
             token = self._backend.id_to_token(index)
             mask[index] = token is not None and (
                 delimiter in token or delimiter in self._backend.decode([index])
             )
-        mask[list(self.end_tokens)] = True
+        mask[[token for token in self.end_tokens if token < len(mask)]] = True
         return mask
 
     def save(self, path: str | Path) -> None:

@@ -30,6 +30,7 @@ from flax import nnx
 
 from smcscale.models import parameters
 from smcscale.models.reasoning import reward_model, rollouts, tasks, transformer
+from smcscale.models.reasoning.architecture import Config
 from smcscale.models.reasoning.rollouts import Labelled
 from smcscale.models.reasoning.tokenizer import Tokenizer, word_level
 
@@ -38,9 +39,9 @@ SHORT = (3, 4, 5)  # story lengths of the first part of training
 PADDED = {3: 112, 4: 136, 5: 160, 6: 184, 7: 208, 8: 228, 9: 248, 10: 272}
 
 
-def configuration(vocabulary_size: int) -> transformer.Config:
+def configuration(vocabulary_size: int) -> Config:
     """The shipped shape: Qwen2 layout, 0.8 M parameters."""
-    return transformer.Config(
+    return Config(
         family="Qwen2", vocabulary_size=vocabulary_size, hidden_size=128, num_layers=4,
         num_heads=4, num_kv_heads=2, head_size=32, mlp_size=384, max_length=512, end_tokens=(2,),
     )  # fmt: skip

@@ -1,148 +1,58 @@
-"""A decoder-only transformer in the Qwen2 and Llama layouts: configuration, parameters, forward.
+"""A decoder-only transformer in the Llama, Mistral, Qwen and Gemma layouts.
 
-    config = Config.from_hf(json)                    config.json of a Hugging Face folder
+    config = Config.from_hf(json)                    `architecture.py`
     model = Transformer(config, rngs=nnx.Rngs(0))    Flax NNX; parameters of all layers stacked
     hidden = model(tokens)                           (B, S) -> (B, S, D)
     logits = model.logits(hidden)                    (B, S, V)
 
-RMSNorm, rotary positions, grouped-query attention, SwiGLU; biases on q, k, v for Qwen2.  The
-layers are stacked on a leading axis and looped over by `lax.scan`, which keeps compile times
-short.  `queries_keys_values` and `after_attention` are the two halves of a layer; `cache.py` and
-`decode.py` put cached attention between them.  Everything is computed in float32.
-
-Source: Qwen2 (Yang et al. 2024) and Llama 3 (Grattafiori et al. 2024) as laid out in
-`transformers` (`modeling_qwen2.py`, `modeling_llama.py`); held to them by parity tests.
+RMSNorm, rotary positions, grouped-query attention, a gated MLP; what else a layout has is in
+`architecture.FAMILIES`.  The layers are stacked on a leading axis and looped over by `lax.scan`,
+which keeps compile times short; what differs between them goes along as `kinds(config)`.
+`queries_keys_values` and `after_attention` are the two halves of a layer; `cache.py` and `decode.py`
+put cached attention between them.  Everything is computed in float32.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Int
 
-_ARCHITECTURES = {"Qwen2": True, "Llama": False}  # family -> bias on q, k, v
-
-
-@dataclass(frozen=True)
-class Config:
-    """Shape of a transformer; hashable, so that it can be static under jit."""
-
-    family: str
-    vocabulary_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    mlp_size: int
-    rope_theta: float = 10_000.0
-    rope_scaling: tuple[float, float, float, int] | None = None
-    norm_eps: float = 1e-6
-    tied: bool = True
-    max_length: int = 2048
-    end_tokens: tuple[int, ...] = ()
-
-    @classmethod
-    def from_hf(cls, raw: Mapping[str, Any], where: str = "config.json") -> "Config":
-        """The configuration in a Hugging Face `config.json`.
-
-        Raises:
-            ValueError: for an architecture other than Qwen2 or Llama, a missing entry, or an
-                option that this transformer does not have (sliding windows, other activations).
-        """
-        architecture = (raw.get("architectures") or [f"{raw.get('model_type')}"])[0]
-        family = next(
-            (f for f in _ARCHITECTURES if str(architecture).lower().startswith(f.lower())), None
-        )
-        if family is None:
-            raise ValueError(
-                f"smcscale: {where} describes a {architecture!r}; this transformer reads the "
-                "Qwen2 and Llama layouts only."
-            )
-        try:
-            heads = int(raw["num_attention_heads"])
-            hidden = int(raw["hidden_size"])
-            sizes = {
-                "vocabulary_size": int(raw["vocab_size"]),
-                "hidden_size": hidden,
-                "num_layers": int(raw["num_hidden_layers"]),
-                "num_heads": heads,
-                "num_kv_heads": int(raw.get("num_key_value_heads") or heads),
-                "head_size": int(raw.get("head_dim") or hidden // heads),
-                "mlp_size": int(raw["intermediate_size"]),
-            }
-        except KeyError as error:
-            raise ValueError(f"smcscale: {where} has no entry {error}.") from error
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(
-                f"smcscale: {where} asks for {raw['hidden_act']!r}; only silu is known."
-            )
-        if raw.get("use_sliding_window"):
-            raise ValueError(
-                f"smcscale: {where} asks for sliding windows, which are not supported."
-            )
-        if raw.get("mlp_bias") or (family == "Llama" and raw.get("attention_bias")):
-            raise ValueError(f"smcscale: {where} asks for biases that the {family} layout lacks.")
-        rope = raw.get("rope_parameters") or {}
-        scaling = raw.get("rope_scaling") or rope
-        ends = raw.get("eos_token_id")
-        return cls(
-            family=family,
-            **sizes,
-            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-            rope_scaling=_rope_scaling(scaling, where),
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            tied=bool(raw.get("tie_word_embeddings", False)),
-            max_length=int(raw.get("max_position_embeddings", 2048)),
-            end_tokens=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
-        )
-
-    def to_hf(self, head: str = "ForCausalLM") -> dict[str, Any]:
-        """The entries of `config.json` (without rope scaling, which no shipped model has)."""
-        return {
-            "architectures": [f"{self.family}{head}"],
-            "model_type": self.family.lower(),
-            "vocab_size": self.vocabulary_size,
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_size,
-            "intermediate_size": self.mlp_size,
-            "hidden_act": "silu",
-            "rope_theta": self.rope_theta,
-            "rms_norm_eps": self.norm_eps,
-            "tie_word_embeddings": self.tied,
-            "max_position_embeddings": self.max_length,
-            "eos_token_id": list(self.end_tokens),
-            "torch_dtype": "bfloat16",
-        }
+from smcscale.models.reasoning.architecture import Config, rope_frequencies
 
 
-def _rope_scaling(raw: Mapping[str, Any], where: str):
-    kind = raw.get("rope_type", raw.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ValueError(f"smcscale: {where} asks for rope scaling {kind!r}; only llama3 is known.")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return tuple(raw[name] for name in names)
+class Kind(NamedTuple):
+    """What sets a layer apart; of all layers, with a leading axis, for `lax.scan`.
+
+    Attributes:
+        window: positions it sees back, its own counted; None when every layer sees all.
+        local: 1 where its rotary positions are the local ones; None when all have the same.
+    """
+
+    window: Int[Array, "..."] | None
+    local: Int[Array, "..."] | None
 
 
-def rope_frequencies(config: Config) -> np.ndarray:
-    """`(head_size / 2,)` angle per position, llama3-scaled where the configuration says so."""
-    size = config.head_size
-    frequency = config.rope_theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
-    if config.rope_scaling is not None:
-        factor, low, high, original = config.rope_scaling
-        turns = original * frequency / (2 * math.pi)  # full turns over the original context
-        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        frequency = (1 - smooth) * frequency / factor + smooth * frequency
-    return frequency.astype(np.float32)
+def kinds(config: Config) -> Kind:
+    """The kinds of all layers `(L,)`."""
+    windows = np.asarray(config.windows or (0,) * config.num_layers, np.int32)
+    some = windows > 0
+    far = np.where(some, windows, np.iinfo(np.int32).max)
+    return Kind(
+        jnp.asarray(far) if some.any() else None,
+        jnp.asarray(some, jnp.int32) if config.local_rope is not None else None,
+    )
+
+
+def near(kind: Kind, queries: Int[Array, "... S"], keys: Int[Array, "... K"]) -> Any:
+    """Whether a query position may look back to a key position `(..., S, K)`; True if all may."""
+    if kind.window is None:
+        return True
+    return queries[..., :, None] - keys[..., None, :] < kind.window
 
 
 class Layers(nnx.Module):
@@ -160,12 +70,18 @@ class Layers(nnx.Module):
         self.q = matrix(c.hidden_size, queries)
         self.k = matrix(c.hidden_size, keys)
         self.v = matrix(c.hidden_size, keys)
-        if _ARCHITECTURES[c.family]:
+        if c.layout.biases:
             self.q_bias = nnx.Param(jnp.zeros((n, queries)))
             self.k_bias = nnx.Param(jnp.zeros((n, keys)))
             self.v_bias = nnx.Param(jnp.zeros((n, keys)))
         residual = 1.0 / math.sqrt(2 * n)
         self.o = matrix(queries, c.hidden_size, residual)
+        if c.layout.head_norms:
+            self.q_norm = nnx.Param(jnp.ones((n, c.head_size)))
+            self.k_norm = nnx.Param(jnp.ones((n, c.head_size)))
+        if c.layout.gemma:
+            self.attended_norm = nnx.Param(jnp.ones((n, c.hidden_size)))
+            self.out_norm = nnx.Param(jnp.ones((n, c.hidden_size)))
         self.mlp_norm = nnx.Param(jnp.ones((n, c.hidden_size)))
         self.gate = matrix(c.hidden_size, c.mlp_size)
         self.up = matrix(c.hidden_size, c.mlp_size)
@@ -199,14 +115,17 @@ class Transformer(nnx.Module):
         rotation = rotations(config, positions)
         causal = positions[:, None] >= positions[None, :]
 
-        def layer(hidden, weights):
-            q, k, v = queries_keys_values(config, weights, hidden, rotation)
-            attended = _causal_attention(q, k, v, causal)
+        def layer(hidden, xs):
+            weights, kind = xs
+            q, k, v = queries_keys_values(config, weights, hidden, turned(rotation, kind))
+            seen = causal & near(kind, positions, positions)
+            attended = _causal_attention(config, q, k, v, seen)
             hidden = after_attention(config, weights, hidden, attended)
             return hidden, (k, v) if keys_values else None
 
-        hidden = jnp.take(self.embedding[...], tokens, axis=0)
-        hidden, cached = jax.lax.scan(layer, hidden, self.stacked(), unroll=unroll)
+        hidden = self.embed(tokens)
+        xs = (self.stacked(), kinds(config))
+        hidden, cached = jax.lax.scan(layer, hidden, xs, unroll=unroll)
         hidden = rms_norm(hidden, self.norm[...], config.norm_eps)
         return (hidden, cached) if keys_values else hidden
 
@@ -217,17 +136,29 @@ class Transformer(nnx.Module):
         """
         return nnx.to_pure_dict(nnx.state(self.layers))
 
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Token ids `(...)` to the hidden states `(..., D)` that enter the first layer."""
+        hidden = jnp.take(self.embedding[...], tokens, axis=0)
+        return hidden * math.sqrt(self.config.hidden_size) if self.config.layout.gemma else hidden
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`(..., D)` hidden states to `(..., V)` logits."""
-        return hidden @ (self.embedding if self.config.tied else self.head)[...].T
+        logits = hidden @ (self.embedding if self.config.tied else self.head)[...].T
+        return capped(logits, self.config.logit_cap)
 
 
-def _causal_attention(q, k, v, causal):
+def capped(x: jax.Array, cap: float) -> jax.Array:
+    """`cap * tanh(x / cap)`; with cap 0 `x` as it is."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def _causal_attention(config, q, k, v, causal):
     """Attended values `(B, S, kv, r, head)`; batched matrix products without odd layouts."""
     batch, length, groups, repeats, size = q.shape
     rows = (batch, groups, repeats * length, size)  # the queries that share keys, stacked
-    q = q.transpose(0, 2, 3, 1, 4).reshape(rows) / math.sqrt(size)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(rows) * config.scale
     scores = (q @ k.transpose(0, 2, 3, 1)).reshape(batch, groups, repeats, length, length)
+    scores = capped(scores, config.attention_cap)
     share = jax.nn.softmax(jnp.where(causal, scores, -1e30), axis=-1)
     share = share.reshape(batch, groups, repeats * length, length)
     attended = (share @ v.transpose(0, 2, 1, 3)).reshape(batch, groups, repeats, length, size)
@@ -235,9 +166,22 @@ def _causal_attention(q, k, v, causal):
 
 
 def rotations(config: Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `(..., head / 2)` of the rotary angles at integer `positions`."""
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
+    """Cosine and sine of the rotary angles at integer `positions (...)`.
+
+    Both `(..., head / 2)`, or `(2, ..., head / 2)`, then local, where the layers differ: see `turned`.
+    """
+    ropes = [config.rope] if config.local_rope is None else [config.rope, config.local_rope]
+    places = positions[..., None].astype(jnp.float32)
+    angles = jnp.stack([places * rope_frequencies(rope, config.head_size) for rope in ropes])
+    angles = angles[0] if config.local_rope is None else angles
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def turned(rotation: tuple[jax.Array, jax.Array], kind: Kind) -> tuple[jax.Array, jax.Array]:
+    """The part of `rotations` that a layer uses, each `(..., head / 2)`."""
+    if kind.local is None:
+        return rotation
+    return rotation[0][kind.local], rotation[1][kind.local]
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -250,7 +194,7 @@ def queries_keys_values(config: Config, weights, hidden, rotation):
 
     Args:
         weights: one layer's parameters.
-        rotation: `rotations(config, positions)`, broadcastable to `(..., head / 2)`.
+        rotation: cosine and sine, broadcastable to `(..., head / 2)`; see `turned`.
     Returns:
         q `(..., kv, heads / kv, head)`, k and v `(..., kv, head)`; q and k rotated.
     """
@@ -261,6 +205,9 @@ def queries_keys_values(config: Config, weights, hidden, rotation):
     groups, size = config.num_kv_heads, config.head_size
     q = q.reshape(*q.shape[:-1], groups, config.num_heads // groups, size)
     k, v = (x.reshape(*x.shape[:-1], groups, size) for x in (k, v))
+    if "q_norm" in weights:
+        q = rms_norm(q, weights["q_norm"], config.norm_eps)
+        k = rms_norm(k, weights["k_norm"], config.norm_eps)
     cos, sin = rotation
     return (
         _rotate(q, cos[..., None, None, :], sin[..., None, None, :]),
@@ -283,9 +230,21 @@ def after_attention(config: Config, weights, hidden, attended):
         hidden `(..., D)`.
     """
     flat = attended.reshape(*attended.shape[:-3], config.num_heads * config.head_size)
-    hidden = hidden + flat @ weights["o"]
+    hidden = hidden + _normed(config, weights, "attended_norm", flat @ weights["o"])
     x = rms_norm(hidden, weights["mlp_norm"], config.norm_eps)
-    return hidden + (jax.nn.silu(x @ weights["gate"]) * (x @ weights["up"])) @ weights["down"]
+    activated = (
+        _gelu(x @ weights["gate"]) if config.layout.gemma else jax.nn.silu(x @ weights["gate"])
+    )
+    out = (activated * (x @ weights["up"])) @ weights["down"]
+    return hidden + _normed(config, weights, "out_norm", out)
+
+
+def _normed(config: Config, weights, name: str, x):
+    return rms_norm(x, weights[name], config.norm_eps) if name in weights else x
+
+
+def _gelu(x):
+    return jax.nn.gelu(x, approximate=True)
 
 
 _HF_NAMES = {
@@ -297,22 +256,36 @@ _HF_NAMES = {
     "k_bias": "self_attn.k_proj.bias",
     "v_bias": "self_attn.v_proj.bias",
     "o": "self_attn.o_proj.weight",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
     "mlp_norm": "post_attention_layernorm.weight",
     "gate": "mlp.gate_proj.weight",
     "up": "mlp.up_proj.weight",
     "down": "mlp.down_proj.weight",
 }
+_GEMMA_NAMES = _HF_NAMES | {
+    "attended_norm": "post_attention_layernorm.weight",
+    "mlp_norm": "pre_feedforward_layernorm.weight",
+    "out_norm": "post_feedforward_layernorm.weight",
+}
+
+
+def _stored_as(config: Config, name: str) -> tuple[str, float]:
+    """A parameter's Hugging Face name in its layer, and what was taken off its values."""
+    names = _GEMMA_NAMES if config.layout.gemma else _HF_NAMES
+    return names[name], float(config.layout.gemma and name.endswith("norm"))
 
 
 def to_hf(model: Transformer) -> dict[str, np.ndarray]:
     """Parameters under their Hugging Face names, matrices `(out, in)`."""
     tensors = {
         "model.embed_tokens.weight": np.asarray(model.embedding[...]),
-        "model.norm.weight": np.asarray(model.norm[...]),
+        "model.norm.weight": np.asarray(model.norm[...]) - _stored_as(model.config, "q_norm")[1],
     }
     for name, stacked in model.stacked().items():
+        stored, less = _stored_as(model.config, name)
         for index, array in enumerate(np.asarray(stacked)):
-            tensors[f"model.layers.{index}.{_HF_NAMES[name]}"] = array.T  # 1-d: unchanged
+            tensors[f"model.layers.{index}.{stored}"] = array.T - less  # 1-d: unchanged
     if not model.config.tied:
         tensors["lm_head.weight"] = np.asarray(model.head[...])
     return tensors
@@ -342,13 +315,18 @@ def from_hf(
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     wide = (config.vocabulary_size, config.hidden_size)
     model.embedding = nnx.Param(jnp.asarray(tensor("model.embed_tokens.weight", wide)))
-    model.norm = nnx.Param(jnp.asarray(tensor("model.norm.weight", (config.hidden_size,))))
+    norm = tensor("model.norm.weight", (config.hidden_size,))
+    model.norm = nnx.Param(jnp.asarray(norm + _stored_as(config, "q_norm")[1]))
     for name, stacked in model.stacked().items():
+        stored, less = _stored_as(config, name)
         rows = [
-            tensor(f"model.layers.{i}.{_HF_NAMES[name]}", stacked.shape[:0:-1]).T
+            tensor(f"model.layers.{i}.{stored}", stacked.shape[:0:-1]).T
             for i in range(config.num_layers)
         ]
-        setattr(model.layers, name, nnx.Param(jnp.asarray(np.stack(rows))))
+        values = np.stack(rows)
+        if less:
+            values += less
+        setattr(model.layers, name, nnx.Param(jnp.asarray(values)))
     if not config.tied:
         model.head = nnx.Param(jnp.asarray(tensor("lm_head.weight", wide)))
     return model

@@ -143,14 +143,14 @@ def block(fixed: tuple, population: Population) -> tuple[Population, Info, Kept 
     """A block of steps: a loop over chunks, whose noise is drawn at once, of loops over steps.
 
     Args:
-        fixed: `(pf, run_keys, sizes, args, kwargs, (chunks, keep), stop)`; rows up to `stop` (a
-            traced number) are made, the rest of the block stays zero.
+        fixed: `(pf, run_keys, sizes, args, kwargs, (steps, keep), stop)`; rows up to `stop` (a
+            traced number) are made, the rest of the block's `steps` stays zero.
         population: donated.
     Returns:
         the population, its infos and what is kept `(B, ...)`, and a copy of the status that outlives
         the next call.
     """
-    pf, run_keys, sizes, args, kwargs, (num_chunks, keep), stop = fixed
+    pf, run_keys, sizes, args, kwargs, (steps, keep), stop = fixed
     bound = bind(pf, args, kwargs, sizes.num_steps)
     plan = plan_again(pf, bound, run_keys, sizes)
     chunk = plan.mutation.chunk
@@ -186,8 +186,7 @@ def block(fixed: tuple, population: Population) -> tuple[Population, Info, Kept 
 
     # loops of a traced number of steps, not scans: rows beyond the end are never made
     told = jax.eval_shape(lambda p: make(p, *_at(draw(first), 0))[1], population)
-    rows = num_chunks * chunk
-    empty = jax.tree.map(lambda t: jnp.zeros((rows, *t.shape), t.dtype), told)
+    empty = jax.tree.map(lambda t: jnp.zeros((steps, *t.shape), t.dtype), told)
     population, (info, kept) = jax.lax.fori_loop(
         0, (stop - first + chunk - 1) // chunk, chunk_of_steps, (population, empty)
     )

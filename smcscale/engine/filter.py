@@ -21,14 +21,16 @@ class ParticleFilter(eqx.Module):
 
     Args:
         program: NumPyro program with one `numpyro.contrib.control_flow.scan`, or `FeynmanKac`.
-        guide: a second program with the same latent sites, as proposal.
+        guide: a second program, called with the same arguments, whose own `scan` of as many rows draws
+            the same latent sites.
         proposal: `sample(key, previous, input)` and `log_prob(previous, state, input)`; excludes
             `guide`. For a program, `previous` is the loop's carry and a state is
             `{site: value}`; for a `FeynmanKac` model its state, and `log_transition` is needed.
         resampling: kernel `(key, log_weights, n) -> ancestors`.
         trigger: `(log_weights, time) -> bool`, whether to resample before the next move.
         annealing: tilt `(log_weights, time) -> log_weights` by an inverse temperature.
-        lookahead: tilt `(log_weights, states, input, time) -> log_weights` by the next row.
+        lookahead: tilt `(log_weights, states, input, time) -> log_weights` by the next row;
+            for a program, `states` are the loop's carries.
         tilt: a further tilt (soft, optimal, stop-gradient).
         move: reserved for rejuvenation; must be None.
         store: "last", "ancestry", "paths", or "auto": paths up to 512 MB, else last.
@@ -132,7 +134,7 @@ class ParticleFilter(eqx.Module):
 
     @property
     def biases(self) -> tuple[str, ...]:
-        """What the chosen kernels declare, such as `"asymptotic: metropolis"`."""
+        """What the chosen kernels declare, such as `"asymptotic: Metropolis"`."""
         pieces = (self.resampling, self.lookahead, self.annealing, self.tilt)
         return tuple(
             f"{piece.bias}: {getattr(piece, '__name__', type(piece).__name__)}"

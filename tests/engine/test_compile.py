@@ -125,7 +125,7 @@ def test_every_path_exports_for_cpu_cuda_and_tpu(path):
         run_keys = jax.random.wrap_key_data(run_data)
         args = eqx.combine(arrays, fixed_args)
         population, _, _ = compiled.start(particle_filter, run_keys, sizes, args, kwargs, False)
-        recorded = (1, particle_filter.store != "last")
+        recorded = (4, particle_filter.store != "last")
         last = jnp.int32(3)
         fixed = (particle_filter, run_keys, sizes, args, kwargs, recorded, last)
         new, info, _, _ = compiled.block(fixed, population)

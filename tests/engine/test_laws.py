@@ -201,6 +201,19 @@ def test_a_schedule_of_particle_numbers_stays_unbiased():
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / 3000**0.5
 
 
+def test_a_schedule_whose_segments_draw_noise_in_other_chunks():
+    y = series(330)
+    numbers = [100] * 30 + [20_000] * 300  # 128 steps of noise at once, then fewer
+    smc = SMC(ParticleFilter(WALK.program, store="last"), num_particles=numbers, progress_bar=False)
+    smc.run(jax.random.key(0), y)
+    assert smc.filter.mean["x"].shape == (330,)
+    # from the change on as a run of that many particles all along, up to Monte Carlo error
+    alone = run(WALK.program, y, num_particles=20_000, num_runs=1, store="last")
+    error = np.sqrt(smc.filter.variance["x"] / smc.diagnostics.ess[0])[40:]
+    gap = np.abs(smc.filter.mean["x"] - alone.filter.mean["x"])[40:]
+    assert (gap < 6 * np.sqrt(2) * error).all()
+
+
 def test_random_log_weight_increments_keep_the_evidence_unbiased():
     from smcscale import Weighted
 

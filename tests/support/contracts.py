@@ -1,6 +1,7 @@
 """What every member of a kind must do, and the lists of members.
 
-A new kernel adds itself to the list; nothing else changes.
+A new kernel adds itself to `RESAMPLING` here, and its name to `KERNELS` in
+`tests/engine/test_evidence.py`.
 """
 
 import functools

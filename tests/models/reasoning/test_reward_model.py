@@ -1,17 +1,27 @@
 """The reward model: incremental reading equals a full pass; broken folders are refused."""
 
+import json
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from tokenizers import processors
 
 from smcscale.models import parameters
-from smcscale.models.reasoning import transformer
+from smcscale.models.reasoning import reason, transformer
+from smcscale.models.reasoning.architecture import Config
+from smcscale.models.reasoning.language_model import LanguageModel
 from smcscale.models.reasoning.reward_model import ProcessRewardModel
 from smcscale.models.reasoning.solve import (
     shipped,
     shipped_language_model,
     shipped_reward_model,
 )
+from smcscale.models.reasoning.tokenizer import word_level
+from smcscale.models.reasoning.transformer import Transformer
 from support.reasoning import tiny
 
 
@@ -98,4 +108,39 @@ def test_a_folder_with_a_wide_head_is_refused(tmp_path):
     parameters.save(tmp_path / "model.safetensors", tensors)
     with pytest.raises(ValueError, match=r"reward head has shape \(5,"):
         ProcessRewardModel.from_pretrained(tmp_path)
-    assert transformer.Config.from_hf(parameters.read_json(source / "config.json")).tied
+    assert Config.from_hf(parameters.read_json(source / "config.json")).tied
+
+
+def test_an_untied_backbone_needs_no_logits(tmp_path):
+    config = replace(tiny.backbone().config, tied=False)
+    model = Transformer(config, rngs=nnx.Rngs(1))
+    tensors = transformer.to_hf(model)
+    del tensors["lm_head.weight"]
+    tensors["score.weight"] = np.ones((1, config.hidden_size), np.float32)
+    parameters.save(tmp_path / "model.safetensors", tensors, np.float32)
+    raw = config.to_hf("ForTokenClassification")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    words = word_level(["a"])
+    words.save(tmp_path / "tokenizer.json")
+    prm = ProcessRewardModel.from_pretrained(tmp_path)
+    hidden = model(jnp.arange(3)[None])[0, -1]
+    np.testing.assert_allclose(prm.value(hidden), jax.nn.sigmoid(jnp.sum(hidden)), rtol=1e-5)
+
+
+def test_models_that_read_other_tokens_are_refused():
+    words = [word_level(["apples", "pears"]), word_level(["pears", "apples"])]
+    assert words[0].within(word_level(["apples", "pears", "figs"]))
+    lm = LanguageModel(tiny.backbone(), words[0], np.zeros(4, bool))
+    prm = ProcessRewardModel(tiny.backbone(), np.zeros((1, 16)), np.zeros(1), words[1])
+    with pytest.raises(ValueError, match="mean other words"):
+        reason(lm, prm, [1, 2], max_steps=2)
+
+
+def test_a_prompt_gets_the_first_token_of_its_tokenizer():
+    words = word_level(["a", "b"])
+    words._backend.post_processor = processors.TemplateProcessing(
+        single="[PAD] $A <end>", special_tokens=[("[PAD]", 0), ("<end>", 2)]
+    )
+    plain = words.encode("a b")
+    assert words.encode_prompt("a b") == [0, *plain]  # what follows a text is not written yet
+    assert words.encode_prompt("[PAD] a b") == [0, *plain]

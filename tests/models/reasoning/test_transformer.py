@@ -12,9 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from smcscale.models import parameters
 from smcscale.models.reasoning import cache, transformer
+from smcscale.models.reasoning.architecture import FAMILIES, Config, Rope, rope_frequencies
 from smcscale.models.reasoning.language_model import LanguageModel
 from smcscale.models.reasoning.solve import shipped
-from smcscale.models.reasoning.transformer import Config, Transformer
+from smcscale.models.reasoning.transformer import Transformer
+from support.reasoning import families
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-4
@@ -39,18 +41,25 @@ def cached_logits(model, tokens, prompt_length=5):
     padded = jnp.zeros(32, jnp.int32).at[:prompt_length].set(tokens[:prompt_length])
     prompt = jax.tree.map(lambda x: x[:, None], cache.read(model, padded))
     suffix = jax.tree.map(lambda x: x[None], cache.empty(model.config, 40))
-    out = []
     one = jnp.ones(1, jnp.int32)
-    for index, token in enumerate(tokens[prompt_length:]):
-        length = jnp.full(1, index, jnp.int32)
+    graph, weights = nnx.split(model)
+
+    @jax.jit
+    def read(weights, suffix, length, token):
+        model = nnx.merge(graph, weights)
         hidden, suffix = cache.extend(
-            model, prompt, prompt_length * one, suffix, length, jnp.full((1, 1), token), one
+            model, prompt, prompt_length * one, suffix, length[None], token[None, None], one
         )
-        out.append(model.logits(hidden[0, 0]))
+        return model.logits(hidden[0, 0]), suffix
+
+    out = []
+    for index, token in enumerate(tokens[prompt_length:]):
+        logits, suffix = read(weights, suffix, jnp.asarray(index), jnp.asarray(token))
+        out.append(logits)
     return np.asarray(jnp.stack(out))
 
 
-@pytest.mark.parametrize("case", [*range(5), "shipped"])
+@pytest.mark.parametrize("case", [*range(10), "shipped"])
 def test_logits_equal_stored_logits_of_transformers(case):
     model, tokens, expected = shipped_reference() if case == "shipped" else reference(case)
     full = model.logits(model(jnp.asarray(tokens)[None])[0])
@@ -59,19 +68,35 @@ def test_logits_equal_stored_logits_of_transformers(case):
 
 
 @pytest.mark.parametrize("index", range(5))
-def test_logits_equal_transformers(index):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family, index):
+    """Full pass, tokens one by one through the cache, and decoding, with ragged prompts."""
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    raw = json.loads((HERE / "references.json").read_text())[index]
-    torch.manual_seed(100 + index)
-    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**raw)).float().eval()
+    pytest.importorskip("transformers")
+    raw = families.configuration(family, index)
+    theirs = families.random_model(raw, 100 + index)
     tensors = {k: v.detach().numpy() for k, v in theirs.state_dict().items()}
     ours = transformer.from_hf(Config.from_hf(raw), tensors)
-    tokens = torch.randint(0, raw["vocab_size"], (1, 30))
+    tokens = torch.randint(3, raw["vocab_size"], (1, 30))
     with torch.no_grad():
         expected = theirs(tokens).logits[0].numpy()
-    full = ours.logits(ours(jnp.asarray(tokens.numpy()))[0])
+    tokens = tokens[0].numpy()
+    full = ours.logits(ours(jnp.asarray(tokens)[None])[0])
     np.testing.assert_allclose(full, expected, atol=TOLERANCE)
+    np.testing.assert_allclose(cached_logits(ours, tokens, 7), expected[7:], atol=TOLERANCE)
+    assert transformer.to_hf(ours).keys() <= tensors.keys()
+    for name, tensor in transformer.to_hf(ours).items():
+        np.testing.assert_allclose(tensor, tensors[name], atol=1e-6)
+
+    # all but greedy: what is written is what the full pass finds most likely
+    never = np.zeros(raw["vocab_size"], bool)
+    lm = LanguageModel(ours, None, never, temperature=1e-4, step_tokens=9, max_tokens=9)
+    for length in (5, 12):  # shorter and longer than the windows
+        written = lm.next_step(lm.start(tokens[:length])).sample(jax.random.key(0)).written
+        text = np.concatenate([tokens[:length], np.asarray(written.tokens[: written.length])])
+        with torch.no_grad():
+            likely = theirs(torch.as_tensor(text)[None]).logits[0].argmax(-1).numpy()
+        np.testing.assert_array_equal(text[length:], likely[length - 1 : -1])
 
 
 def test_a_written_folder_reads_back(tmp_path):
@@ -87,9 +112,8 @@ def test_a_written_folder_reads_back(tmp_path):
 
 
 def test_llama3_rope_scaling_keeps_fast_and_slows_slow_angles():
-    config = Config("Llama", 11, 64, 1, 1, 1, 64, 8, 500_000.0, (8.0, 1.0, 4.0, 8192))
-    plain = transformer.rope_frequencies(Config("Llama", 11, 64, 1, 1, 1, 64, 8, 500_000.0))
-    scaled = transformer.rope_frequencies(config)
+    plain = rope_frequencies(Rope(500_000.0), 64)
+    scaled = rope_frequencies(Rope(500_000.0, 8.0, (1.0, 4.0, 8192)), 64)
     assert scaled[0] == plain[0]
     np.testing.assert_allclose(scaled[-1], plain[-1] / 8, rtol=1e-6)
 
@@ -100,10 +124,18 @@ QWEN2 = Config("Qwen2", 11, 8, 1, 2, 1, 4, 12).to_hf()
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "Qwen2 and Llama layouts only"),
-        ({"hidden_act": "gelu"}, "only silu"),
-        ({"use_sliding_window": True}, "sliding windows"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "only llama3"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "Gemma3 layouts only"),
+        ({"architectures": ["Qwen2MoeForCausalLM"]}, "describes a 'Qwen2Moe"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "describes a 'Gemma3ForCond"),
+        ({"hidden_act": "gelu"}, "has silu only"),
+        ({"use_bidirectional_attention": True}, "looks ahead"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "only linear and llama3"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "no entry 'factor'"),
+        ({"quantization_config": {"bits": 8}}, "quantised weights"),
+        (
+            {"use_sliding_window": True, "layer_types": ["chunked_attention"]},
+            "only full_attention and sliding_attention",
+        ),
         ({"vocab_size": None}, None),
     ],
 )
@@ -114,6 +146,34 @@ def test_a_configuration_that_is_not_ours_is_refused(change, message):
         message = "no entry 'vocab_size'"
     with pytest.raises(ValueError, match=message):
         Config.from_hf(raw)
+
+
+def test_what_a_gemma_file_leaves_out():
+    """As `transformers` fills it in: the defaults of the class."""
+    raw = families.configuration("Gemma3", 0)
+    for name in ("sliding_window", "query_pre_attn_scalar", "rope_local_base_freq", "rope_theta"):
+        del raw[name]
+    config = Config.from_hf(raw)
+    assert (config.rope.theta, config.local_rope) == (1_000_000.0, Rope(10_000.0))
+    assert (config.windows, config.scale) == ((4096, 0), 256**-0.5)
+    nested = raw | {"rope_parameters": {"full_attention": {}, "sliding_attention": None}}
+    assert Config.from_hf(nested | {"rope_theta": 5.0}).rope == Rope(5.0)
+    raw = families.configuration("Gemma2", 0)
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        del raw[name]
+    config = Config.from_hf(raw)
+    assert (config.attention_cap, config.logit_cap) == (50.0, 30.0)
+    assert Config.from_hf(raw | {"attn_logit_softcapping": None}).attention_cap == 0
+
+
+def test_generation_config_adds_end_tokens(tmp_path):
+    source = shipped("reasoner")
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    ends = LanguageModel.from_pretrained(source).config.end_tokens
+    for more, expected in ((5, (*ends, 5)), ([ends[0], 7], (*ends, 7)), (None, ends)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": more}))
+        assert LanguageModel.from_pretrained(tmp_path).config.end_tokens == expected
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from smcscale.models.reasoning.architecture import Config
 from smcscale.models.reasoning.language_model import LanguageModel
 from smcscale.models.reasoning.reward_model import ProcessRewardModel
-from smcscale.models.reasoning.transformer import Config, Transformer
+from smcscale.models.reasoning.transformer import Transformer
 
 STOP, BREAK, A, B = range(4)  # end of text, end of step, two letters
 PROMPT = [A, B, B]
