@@ -62,8 +62,9 @@ test-all: $(STAMPS)/dev  ## plain and statistical tests, doctests, README blocks
 	  -m "$(PLAIN) and not statistical and not compile and not refusal"
 	$(PYTEST) -n 2 --durations 15 -m "$(PLAIN) and (statistical or compile or refusal)"
 
-test-fast: $(STAMPS)/dev  ## exact tests only, no notebooks
-	$(PYTEST) -n 2 -m "$(PLAIN) and not statistical and not compile" --ignore tests/test_notebooks.py
+test-fast: $(STAMPS)/dev  ## exact tests that are quick; no language models, notebooks, README
+	$(PYTEST) -n 2 -m "$(PLAIN) and not statistical and not compile and not long" \
+	  --ignore tests/test_notebooks.py --ignore tests/test_readme.py --ignore tests/models/reasoning
 
 test-slow: $(STAMPS)/dev  ## tests that take minutes
 	$(PYTEST) -n 2 -m slow

@@ -112,6 +112,7 @@ PATHS = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_exports_for_cpu_cuda_and_tpu(path):
     model, args, options, islands = PATHS[path]

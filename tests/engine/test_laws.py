@@ -73,6 +73,7 @@ def test_block_size_changes_no_number(monkeypatch, steps):
     np.testing.assert_array_equal(usual.diagnostics.ess, other.diagnostics.ess)
 
 
+@pytest.mark.long
 def test_store_and_progress_bar_change_no_number():
     data = series(40)
     last = run(WALK.program, data, store="last")
@@ -111,6 +112,7 @@ def test_a_run_does_not_depend_on_how_many_runs_there_are():
     assert (fired.any(axis=0) & ~fired.all(axis=0)).any(), "runs resample at times of their own"
 
 
+@pytest.mark.long
 def test_one_island_changes_no_number_and_four_stay_unbiased():
     one, plain = (run(WALK.program, WALK.data, islands=i) for i in (1, 1))
     np.testing.assert_array_equal(one.log_evidence, plain.log_evidence)
@@ -187,6 +189,7 @@ def test_inputs_at_start_score_the_initial_law():
     assert abs(first.mean() - 1) < 4 * first.std() / 3000**0.5
 
 
+@pytest.mark.long
 def test_a_schedule_of_particle_numbers_stays_unbiased():
     smc = SMC(
         ParticleFilter(WALK.program, store="last"),
@@ -201,6 +204,7 @@ def test_a_schedule_of_particle_numbers_stays_unbiased():
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / 3000**0.5
 
 
+@pytest.mark.long
 def test_a_schedule_whose_segments_draw_noise_in_other_chunks():
     y = series(330)
     numbers = [100] * 30 + [20_000] * 300  # 128 steps of noise at once, then fewer

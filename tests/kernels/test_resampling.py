@@ -25,11 +25,13 @@ def test_rejection_is_exact_whatever_the_tries():
     contracts.check_offspring(member)
 
 
+@pytest.mark.long
 @MEMBERS
 def test_transformations(name):
     contracts.check_transformations(RESAMPLING[name])
 
 
+@pytest.mark.long
 @MEMBERS
 def test_a_million_particles(name):
     contracts.check_many(RESAMPLING[name])
@@ -62,6 +64,7 @@ def skewed(kind: str, num_particles: int) -> jnp.ndarray:
     return jnp.where(jnp.arange(num_particles) % 5 == 4, -jnp.inf, log_weights)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_particles", [1_000, 100_000, 10_000_000])
 def test_systematic_counts_within_one(num_particles):
     run = jax.jit(resampling.systematic, static_argnums=2)

@@ -294,6 +294,7 @@ def chain(y):
     scan(step, 0.0, y)
 
 
+@pytest.mark.long
 def test_through_the_whole_filter():
     y = jnp.array([0.3, -0.2, 0.8])
 
