@@ -73,6 +73,14 @@ def test_block_size_changes_no_number(monkeypatch, steps):
     np.testing.assert_array_equal(usual.diagnostics.ess, other.diagnostics.ess)
 
 
+def test_a_run_is_the_beginning_of_a_longer_one():
+    data = series(130)
+    options = {"num_particles": 20_000, "num_runs": 1, "store": "last"}
+    long, short = (run(WALK.program, data[:n], **options) for n in (130, 100))
+    told = long.diagnostics.log_evidence[:, 99]
+    np.testing.assert_allclose(short.log_evidence, told, rtol=1e-6)
+
+
 @pytest.mark.long
 def test_store_and_progress_bar_change_no_number():
     data = series(40)

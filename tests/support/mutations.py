@@ -62,8 +62,8 @@ MUTATIONS = [
     Mutation(
         "unweighted averages of weighted particles",
         "smcscale/engine/step.py",
-        'jnp.einsum("rkn...,rn->kr...", powers, scaled) / norm',
-        "jnp.moveaxis(jnp.mean(powers, axis=2), 1, 0)",
+        'jnp.einsum("rkn...,rn->rk...", powers, scaled)',
+        "jnp.mean(powers, axis=2) * total[:, None]",
         f"{_EVIDENCE} 'walk-systematic-ess-none'",
     ),
     Mutation(
@@ -174,9 +174,9 @@ MUTATIONS = [
     Mutation(
         "a row beyond the end of a block counts",
         "smcscale/engine/compiled.py",
-        "return advance(pop, step_keys, frontier, pop.time < stop)",
-        "return advance(pop, step_keys, frontier)",
-        "tests/engine/test_laws.py -k block_size",
+        "jnp.minimum(stop - first - done, chunk)",
+        "chunk",
+        "tests/engine/test_laws.py -k beginning_of_a_longer",
     ),
 ]
 
