@@ -2,8 +2,8 @@
 
     python benchmarks/filter.py [--install-peers] [--sizes 1000 10000] [--repeats 7] [--quick]
 
-Stochastic volatility (the program of the README, other parameters), systematic resampling when the ESS falls below
-half, float32 in JAX (float64 in NumPy); every contender keeps, per step, log evidence, ESS, mean and
+Stochastic volatility (the program of the README, other parameters), systematic resampling when the
+ESS falls below half, float32 in JAX (float64 in NumPy); every contender keeps, per step, log evidence, ESS, mean and
 variance, and the last particles. Each runs in a process of its own on the same data; one repeat asks
 each in turn, the other processes idle. The first run of a size, which compiles, is apart: a fresh
 process, five times. Writes `benchmarks/results/filter.json` and prints the table.

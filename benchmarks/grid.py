@@ -3,7 +3,7 @@
     python benchmarks/grid.py            (make test-grid)
 
 Runs all cells, two processes side by side (`--rows FILE` keeps what is done, so that a run that was
-stopped goes on), and writes `benchmarks/results/grid.json`: for each cell
+stopped goes on with the same code), and writes `benchmarks/results/grid.json`: for each cell
 the mean of `Z_hat / Z` over independent runs with its standard error and the z-scores of evidence,
 filter and smoothing means. Fails if any z-score passes the two-sided 0.1% limit over all cells.
 """

@@ -103,6 +103,7 @@ def prepare(y, num_particles, normals=normals, chunk=None):
     """`run(seed)` of the compiled filter."""
     rows = jnp.asarray(y)
     if chunk is None:
+        # the fastest at 10,000 and 100,000 particles of 2, 4, 8 and of 7, 40, 80
         chunk = 2 if num_particles > 65536 else (3 << 18) // num_particles
     compiled = make(num_particles, len(rows), min(chunk, len(rows)), normals)
 

@@ -1,4 +1,4 @@
-"""The program of the README with other parameters, under `ParticleFilter`; the SMC object is rebuilt at every run."""
+"""The program of the README with other parameters; the SMC object is rebuilt at every run."""
 
 import jax
 import jax.numpy as jnp

@@ -126,7 +126,8 @@ class LanguageModel(eqx.Module):
                 defaults under the key "smcscale".
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: an architecture that is not in `architecture.FAMILIES`, broken or misshapen files.
+            ValueError: an architecture that is not in `architecture.FAMILIES`, broken or misshapen
+                files.
         """
         model, tokenizer, _ = load_backbone(path)
         options = parameters.read_json(Path(path) / "config.json").get("smcscale", {}) | options

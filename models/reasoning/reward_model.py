@@ -116,7 +116,8 @@ class ProcessRewardModel(eqx.Module):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: an architecture that is not in `architecture.FAMILIES`, no head, or one of another width.
+            ValueError: an architecture that is not in `architecture.FAMILIES`, no head, or one of
+                another width.
         """
         model, tokenizer, tensors = load_backbone(path, writes=False)
         if "score.weight" not in tensors:

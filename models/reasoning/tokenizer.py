@@ -55,8 +55,9 @@ class Tokenizer:
 
     def within(self, other: "Tokenizer") -> bool:
         """Whether every token of this vocabulary has the same id in the other one."""
-        mine, theirs = self._backend.get_vocab(), other._backend.get_vocab()
-        return self == other or mine.items() <= theirs.items()
+        if self == other:
+            return True
+        return self._backend.get_vocab().items() <= other._backend.get_vocab().items()
 
     @property
     def vocabulary_size(self) -> int:

@@ -232,19 +232,13 @@ def after_attention(config: Config, weights, hidden, attended):
     flat = attended.reshape(*attended.shape[:-3], config.num_heads * config.head_size)
     hidden = hidden + _normed(config, weights, "attended_norm", flat @ weights["o"])
     x = rms_norm(hidden, weights["mlp_norm"], config.norm_eps)
-    activated = (
-        _gelu(x @ weights["gate"]) if config.layout.gemma else jax.nn.silu(x @ weights["gate"])
-    )
-    out = (activated * (x @ weights["up"])) @ weights["down"]
+    activation = jax.nn.gelu if config.layout.gemma else jax.nn.silu
+    out = (activation(x @ weights["gate"]) * (x @ weights["up"])) @ weights["down"]
     return hidden + _normed(config, weights, "out_norm", out)
 
 
 def _normed(config: Config, weights, name: str, x):
     return rms_norm(x, weights[name], config.norm_eps) if name in weights else x
-
-
-def _gelu(x):
-    return jax.nn.gelu(x, approximate=True)
 
 
 _HF_NAMES = {
@@ -270,20 +264,23 @@ _GEMMA_NAMES = _HF_NAMES | {
 }
 
 
-def _stored_as(config: Config, name: str) -> tuple[str, float]:
-    """A parameter's Hugging Face name in its layer, and what was taken off its values."""
-    names = _GEMMA_NAMES if config.layout.gemma else _HF_NAMES
-    return names[name], float(config.layout.gemma and name.endswith("norm"))
+def _stored_names(config: Config) -> dict[str, str]:
+    return _GEMMA_NAMES if config.layout.gemma else _HF_NAMES
+
+
+def _taken_off(config: Config, name: str) -> float:
+    """What a file's values are less than ours: Gemma stores the weights of norms less one."""
+    return float(config.layout.gemma and name.endswith("norm"))
 
 
 def to_hf(model: Transformer) -> dict[str, np.ndarray]:
     """Parameters under their Hugging Face names, matrices `(out, in)`."""
     tensors = {
         "model.embed_tokens.weight": np.asarray(model.embedding[...]),
-        "model.norm.weight": np.asarray(model.norm[...]) - _stored_as(model.config, "q_norm")[1],
+        "model.norm.weight": np.asarray(model.norm[...]) - _taken_off(model.config, "norm"),
     }
     for name, stacked in model.stacked().items():
-        stored, less = _stored_as(model.config, name)
+        stored, less = _stored_names(model.config)[name], _taken_off(model.config, name)
         for index, array in enumerate(np.asarray(stacked)):
             tensors[f"model.layers.{index}.{stored}"] = array.T - less  # 1-d: unchanged
     if not model.config.tied:
@@ -316,9 +313,9 @@ def from_hf(
     wide = (config.vocabulary_size, config.hidden_size)
     model.embedding = nnx.Param(jnp.asarray(tensor("model.embed_tokens.weight", wide)))
     norm = tensor("model.norm.weight", (config.hidden_size,))
-    model.norm = nnx.Param(jnp.asarray(norm + _stored_as(config, "q_norm")[1]))
+    model.norm = nnx.Param(jnp.asarray(norm + _taken_off(config, "norm")))
     for name, stacked in model.stacked().items():
-        stored, less = _stored_as(config, name)
+        stored, less = _stored_names(config)[name], _taken_off(config, name)
         rows = [
             tensor(f"model.layers.{i}.{stored}", stacked.shape[:0:-1]).T
             for i in range(config.num_layers)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from smcscale.feynman_kac import FeynmanKac, weighted
 from smcscale.noise import split_noise
 
-#: elements of noise drawn at once: enough to share the cost of a call, few enough to stay in cache
+#: elements of noise drawn at once: enough to share the cost of a draw among steps
 _CHUNK_ELEMENTS = 3 << 18
 _CHUNK_STEPS = 128
 #: and no more than this over all runs, for memory's sake
