@@ -5,6 +5,9 @@ overwritten. Heavy leaves (KV caches) are moved slot by slot into dead slots onl
 branch that resamples, since a branch copies what passes through it.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
@@ -26,13 +29,17 @@ def move(leaves: list, ancestors: Int32[Array, "R n"], wanted: tuple[bool, ...])
     return out
 
 
-def in_memory(ancestors: Int32[Array, "R n"]) -> Int32[Array, "R n"]:
-    """The same numbers, written out before they are read.
+def from_memory(ancestors: Int32[Array, "R n"], use: Callable[[Array], Any]) -> Any:
+    """`use(ancestors)`, with the numbers written out before they are read.
 
     Nothing is fused across a branch; without it XLA works the sums that ancestors are made of out
     again wherever one is read.
     """
-    return jax.lax.cond(ancestors[0, 0] >= 0, lambda a: a, jnp.zeros_like, ancestors)
+
+    def never(ancestors: Array) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(use, ancestors))
+
+    return jax.lax.cond(ancestors[0, 0] >= 0, use, never, ancestors)
 
 
 def canonical(ancestors: Int32[Array, " N"]) -> Int32[Array, " N"]:
@@ -76,13 +83,14 @@ def move_in_place(leaves: list, ancestors: Int32[Array, "R N"], heavy: tuple[boo
 
 
 def unique_ancestors(ancestors: Int32[Array, "R n"]) -> Int32[Array, " R"]:
-    """Number of distinct parents of each run."""
-
-    def ordered() -> Array:
-        return 1 + jnp.sum(ancestors[:, 1:] != ancestors[:, :-1], axis=1, dtype=jnp.int32)
+    """Number of distinct parents of each run; above `2**24` of them rounded to a float32."""
+    n = ancestors.shape[1]
+    risen = jnp.sign(ancestors[:, 1:] - ancestors[:, :-1]).astype(jnp.float32)
+    # one pass counts the rises of sorted ancestors and shows, by its sign, those that are not
+    rises = jnp.sum(jnp.where(risen < 0, -float(n), risen), axis=1)
 
     def counted() -> Array:
         hit = jax.vmap(lambda a: jnp.zeros(a.shape, jnp.int8).at[a].set(1, mode="drop"))(ancestors)
         return jnp.sum(hit, axis=1, dtype=jnp.int32)
 
-    return jax.lax.cond(jnp.all(ancestors[:, 1:] >= ancestors[:, :-1]), ordered, counted)
+    return jax.lax.cond(jnp.all(rises >= 0), lambda: 1 + rises.astype(jnp.int32), counted)

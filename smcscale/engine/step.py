@@ -191,13 +191,17 @@ def resample(
             new = jax.nn.logsumexp(grouped, axis=1, keepdims=True) - jnp.log(float(size))
         else:  # a run's mean weight is 1 already, an island's is not
             new = jnp.zeros((num_runs, 1), lw.dtype)
-        indices = gather.in_memory(within_run(ancestors))
-        leaves = gather.move(population.leaves, indices, light)
-        eve = None
-        if population.eve is not None:
-            eve = jnp.take_along_axis(population.eve, indices, axis=1)
-        unique = gather.unique_ancestors(indices)
-        chosen = [x for x, w in zip(leaves, light, strict=True) if w]
+
+        def moved(indices: Array) -> tuple:
+            leaves = gather.move(population.leaves, indices, light)
+            eve = None
+            if population.eve is not None:
+                eve = jnp.take_along_axis(population.eve, indices, axis=1)
+            chosen = [x for x, w in zip(leaves, light, strict=True) if w]
+            return chosen, eve, gather.unique_ancestors(indices)
+
+        indices = within_run(ancestors)
+        chosen, eve, unique = gather.from_memory(indices, moved)
         return chosen, new.astype(lw.dtype), eve, indices, unique
 
     def skip() -> tuple:
