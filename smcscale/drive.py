@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from smcscale import keys, result, status
-from smcscale.engine import compiled
+from smcscale.engine import compiled, host
 from smcscale.engine.compiled import Meta, Sizes
 from smcscale.engine.step import Info
 from smcscale.engine.store import Ancestry, Kept, Live, Paths, extend, paths
@@ -37,6 +37,10 @@ class Drive:
     def __init__(self, smc: Any, key: Array, args: tuple, kwargs: dict, num_steps: int | None):
         self.smc = smc
         self.filter = smc.algorithm
+        program = self.filter.program
+        self.host: FeynmanKac | None = None
+        if isinstance(program, FeynmanKac) and program.capabilities.host:
+            self.host, self.filter = program, host.compiled_part(self.filter)
         self.key = key
         self.args, self.kwargs = args, kwargs
         self.num_steps = num_steps
@@ -112,14 +116,16 @@ class Drive:
                     )
                     size = segment.num_particles
                 start = max(segment.first, first)
-                steps = _block(segment.last - start, meta.chunk)
+                steps = 1 if self.host else _block(segment.last - start, meta.chunk)
                 while start < segment.last:
                     stop = min(start + steps, segment.last)
                     info, now = self.block(steps, stop, size)
                     self.infos.append(info)
                     self.lengths.append(stop - start)
                     self.done = start = stop
-                    if before is not None:
+                    if self.host is not None:
+                        self._raise(now)
+                    elif before is not None:
                         # one block late, so that reading it waits for nothing
                         self._raise(before)
                     before = now
@@ -141,7 +147,10 @@ class Drive:
             (steps, keep),
             jnp.asarray(stop, jnp.int32),
         )
-        self.population, info, kept, now = compiled.block(fixed, self.population)
+        if self.host is None:
+            self.population, info, kept, now = compiled.block(fixed, self.population)
+        else:
+            self.population, info, kept, now = host.step(self.host, fixed, self.population)
         if kept is not None:
             kept = jax.tree.map(lambda x: x[: stop - start], kept)
             if self.store == "paths":
@@ -170,7 +179,8 @@ class Drive:
             (s.num_particles for s in self.segments if s.first <= row < s.last),
             self.segments[0].num_particles,
         )
-        told, nan_leaves = self._replay(row)
+        # a host model is not asked again: its answers may cost money, and differ
+        told, nan_leaves = ({}, []) if self.host else self._replay(row)
         culprits: dict[str, str] = {}
         if code == status.BROKEN_STATE:
             culprits = {name: "its value is NaN" for name in nan_leaves}

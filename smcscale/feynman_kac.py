@@ -31,6 +31,20 @@ class Weighted(NamedTuple):
     log_increment: Float[Array, ""]
 
 
+class Advanced(NamedTuple):
+    """A step of one particle made at once, for a model whose parts share work.
+
+    Attributes:
+        state: pytree of one particle.
+        log_weight: `()`, nats: increment and log potential.
+        cost: by name, `()`.
+    """
+
+    state: PyTree
+    log_weight: Float[Array, ""]
+    cost: dict
+
+
 class Capabilities(eqx.Module):
     """What a model can do; asking for what is missing is refused by name.
 
@@ -38,7 +52,11 @@ class Capabilities(eqx.Module):
         inputs_at_start: `initial(key, input)` and the potential at the initial law see row 0, and
             the transitions start with row 1.
         differentiable: gradients may be taken through the transition.
-        host: the transition or potential runs Python and cannot be traced.
+        host: transition, potential and cost are Python functions that cannot be traced. They take
+            all M particles of all runs at once: `transition(keys (M,), previous, input) -> states`
+            or `Weighted(states, log_increment (M,))`, `log_potential(previous, states, input) ->
+            (M,)`, `cost(previous, states, input) -> {name: (M,)}`, with leaves `(M, ...)`; the first
+            two may be `async`. `initial` is still one particle's, and traced.
     """
 
     inputs_at_start: bool = eqx.field(static=True, default=False)
@@ -109,6 +127,11 @@ class FeynmanKac(eqx.Module):
                     f"smcscale: FeynmanKac's `{name}` must be a function, got "
                     f"{type(value).__name__}."
                 )
+        if batched is not None and capabilities is not None and capabilities.host:
+            raise ValueError(
+                "smcscale: a host model's `transition` takes all particles; it has no `batched`.\n"
+                "  try: FeynmanKac(initial, transition, log_potential, capabilities=...)."
+            )
         self.initial = initial
         self.transition = transition
         self.log_potential = log_potential

@@ -7,9 +7,21 @@
 |---|---|
 | `solve`, `Solution` | question in, answer out |
 | `reason`, `read_prompt` | the NumPyro program, and a prompt read once for it |
-| `difference`, `product`, `odds` | potentials from scores |
+| `difference`, `product`, `odds`, `odds_ratio`, `Potential` | potentials from scores |
 | `LanguageModel`, `ProcessRewardModel` | what writes and what judges |
 | `weighted_majority`, `majority`, `argmax`, `sample` | one answer from weighted answers |
+
+| module | idea |
+|---|---|
+| `methods` | the published population methods as settings of the filter |
+| `answers`, `stopping` | one answer from many; when to stop |
+| `potentials`, `aggregates` | what is weighed, and of which scores |
+| `rewards`, `reward_forms` | other rewards than a trained model; forms of trained ones |
+| `constraints`, `automaton`, `regex`, `schema`, `awrs` | texts that obey a pattern, a token a step |
+| `remote` | models behind an OpenAI-compatible server |
+| `tree_search`, `phi_decoding` | searches with a tree of their own |
+| `scaling` | accuracy against budget: laws, cost, plans |
+| `sampling`, `chat` | the law of a token; chat templates |
 
 Problems and grader are in `tasks.py`; `python -m smcscale.models.reasoning.train` remakes the
 shipped models.
@@ -21,9 +33,11 @@ from smcscale.models.reasoning.answers import sample as sample
 from smcscale.models.reasoning.answers import weighted_majority as weighted_majority
 from smcscale.models.reasoning.language_model import LanguageModel as LanguageModel
 from smcscale.models.reasoning.language_model import TextState as TextState
-from smcscale.models.reasoning.program import difference as difference
-from smcscale.models.reasoning.program import odds as odds
-from smcscale.models.reasoning.program import product as product
+from smcscale.models.reasoning.potentials import Potential as Potential
+from smcscale.models.reasoning.potentials import difference as difference
+from smcscale.models.reasoning.potentials import odds as odds
+from smcscale.models.reasoning.potentials import odds_ratio as odds_ratio
+from smcscale.models.reasoning.potentials import product as product
 from smcscale.models.reasoning.program import read_prompt as read_prompt
 from smcscale.models.reasoning.program import reason as reason
 from smcscale.models.reasoning.reward_model import ProcessRewardModel as ProcessRewardModel

@@ -10,7 +10,7 @@ moves whole rows.  Slots lie next to the head size: attention then needs no tran
 Position of suffix slot s is `visible + s`, where `visible` is how many prompt tokens count.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -37,10 +37,10 @@ class KeysValues(eqx.Module):
     heavy: ClassVar[tuple[str, ...]] = ("cache",)
 
 
-def empty(config: Config, capacity: int) -> KeysValues:
+def empty(config: Config, capacity: int, dtype: Any = jnp.float32) -> KeysValues:
     """The suffix of one sequence with nothing written: `(L, kv, C, head)`."""
     shape = (config.num_layers, config.num_kv_heads, capacity, config.head_size)
-    return KeysValues(jnp.zeros(shape), jnp.zeros(shape))
+    return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def bucketed(length: int) -> int:
@@ -71,6 +71,7 @@ def attend(config: Config, q, parts):
         `(B, S, kv, r, head)`.
     """
     batch, length, groups, repeats, _size = q.shape
+    dtype, accumulated = q.dtype, transformer.wide(q.dtype)
     q = jnp.moveaxis(q * config.scale, 2, 1)  # (B, kv, S, r, head)
 
     def rows(x, shared):
@@ -85,17 +86,20 @@ def attend(config: Config, q, parts):
     scores = []
     for keys, _, mask in parts:
         # this order of operands is the fast one on CPU: no transposed copy of the keys
-        score = jnp.einsum("pgkh,pgqh->pgkq", keys, rows(q, keys.shape[0]))
+        score = jnp.einsum(
+            "pgkh,pgqh->pgkq", keys, rows(q, keys.shape[0]), preferred_element_type=accumulated
+        )
         score = transformer.capped(score, config.attention_cap)
         score = unrows(jnp.swapaxes(score, 2, 3), keys.shape[0])
         scores.append(jnp.where(mask[:, None, :, None], score, MASKED))
     share = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     total, start = 0.0, 0
     for keys, values, _ in parts:
-        piece = rows(share[..., start : start + keys.shape[2]], keys.shape[0])
+        piece = rows(share[..., start : start + keys.shape[2]].astype(dtype), keys.shape[0])
         start += keys.shape[2]
-        total += unrows(jnp.einsum("pgqk,pgkh->pgqh", piece, values), keys.shape[0])
-    return jnp.moveaxis(total, 1, 2)
+        found = jnp.einsum("pgqk,pgkh->pgqh", piece, values, preferred_element_type=accumulated)
+        total += unrows(found, keys.shape[0])
+    return jnp.moveaxis(total, 1, 2).astype(dtype)
 
 
 def extend(
@@ -155,6 +159,7 @@ def extend(
 
     def write(cache, value):
         # value (L, B, kv, S, head); indexing puts sequences and slots first
-        return cache.at[rows, :, :, slots].set(jnp.transpose(value, (1, 3, 0, 2, 4)), mode="drop")
+        value = jnp.transpose(value, (1, 3, 0, 2, 4)).astype(cache.dtype)
+        return cache.at[rows, :, :, slots].set(value, mode="drop")
 
     return hidden, KeysValues(write(suffix.keys, new[0]), write(suffix.values, new[1]))

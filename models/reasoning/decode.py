@@ -7,11 +7,12 @@ is a `custom_vmap` whose rule folds each mapped axis into groups (where keys dif
 weights are refused.  Decoding is not differentiable.
 
 Inside the loop the layers are a `lax.scan` that reads the caches; the current token's keys and
-values are attended apart and written once for all layers by a scatter.
+values are attended apart and written once for all layers by a scatter.  Each token is drawn from
+the law q that `sampling.py` makes of the model's p; both log probabilities are summed on the way.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from smcscale.models.reasoning import cache, transformer
 from smcscale.models.reasoning.cache import KeysValues
+from smcscale.models.reasoning.sampling import Sampling
 from smcscale.models.reasoning.transformer import Transformer
 
 
@@ -35,6 +37,9 @@ class Written(eqx.Module):
         finished: the end token was written, or the room is full.
         cache: suffix keys and values `(L, kv, C, head)` of the prompt's last token and of all
             tokens but the newest, which is still pending.
+        log_prob, log_proposal: log probability of the text so far, nats, float32: to the model (p,
+            at temperature 1, nothing cut off), and to the law it was drawn from (q).
+        begin_log_prob, begin_log_proposal: the same, of the text before the newest step.
     """
 
     tokens: Int32[Array, "..."]
@@ -42,6 +47,17 @@ class Written(eqx.Module):
     begin: Int32[Array, "..."]
     finished: Bool[Array, "..."]
     cache: KeysValues
+    log_prob: Float[Array, "..."]
+    log_proposal: Float[Array, "..."]
+    begin_log_prob: Float[Array, "..."]
+    begin_log_proposal: Float[Array, "..."]
+
+    def __init__(self, tokens: Any, length: Any, begin: Any, finished: Any, cache: Any, *sums: Any):
+        """The four log probabilities are zeros unless given, in the order above."""
+        self.tokens, self.length, self.begin, self.finished = tokens, length, begin, finished
+        self.cache = cache
+        sums = sums or (jnp.zeros(jnp.shape(length), jnp.float32),) * 4
+        self.log_prob, self.log_proposal, self.begin_log_prob, self.begin_log_proposal = sums
 
 
 class Prompted(NamedTuple):
@@ -50,6 +66,42 @@ class Prompted(NamedTuple):
     tokens: Int32[Array, "..."]
     length: Int32[Array, "..."]
     cache: KeysValues
+
+
+class TextState(eqx.Module):
+    """The text of one particle; the value of `lm.next_step(state)`.
+
+    Attributes:
+        written: tokens so far, their number, where the newest step begins, whether the text is
+            finished, and the cache (heavy).
+        prompt: the prompt, when the model was not `given` one; else None.
+    """
+
+    written: Written
+    prompt: Prompted | None = None
+    heavy: ClassVar[tuple[str, ...]] = ("cache",)
+    ndim: ClassVar[int] = 0  # plain NumPyro asks a value for these two
+    shape: ClassVar[tuple[int, ...]] = ()
+
+    @property
+    def finished(self) -> Bool[Array, ""]:
+        """Whether the end token was written, or the room is full."""
+        return self.written.finished
+
+    @property
+    def step_length(self) -> Int32[Array, ""]:
+        """How many tokens the newest step has; 0 if nothing was added."""
+        return self.written.length - self.written.begin
+
+    @property
+    def step_log_prob(self) -> Float[Array, "..."]:
+        """Log probability of the newest step to the model itself (p), nats."""
+        return self.written.log_prob - self.written.begin_log_prob
+
+    @property
+    def step_log_proposal(self) -> Float[Array, "..."]:
+        """Log probability of the newest step to the law it was drawn from (q), nats."""
+        return self.written.log_proposal - self.written.begin_log_proposal
 
 
 def draw_tokens(
@@ -63,15 +115,32 @@ def draw_tokens(
     Returns:
         `(B,)` int32; a token of probability zero is never drawn.
     """
+    return scored_draw(uniforms, logits, block)[0]
+
+
+def scored_draw(
+    uniforms: Float[Array, " B"], logits: Float[Array, "B V"], block: int = 128
+) -> tuple[Int32[Array, " B"], Float[Array, " B"]]:
+    """As `draw_tokens`, with the log probabilities `(B,)` of the tokens, which cost nothing more."""
     rows, width = logits.shape
-    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    most = jnp.max(logits, axis=-1, keepdims=True)
+    mass = jnp.exp(logits - most)
     if width > 2 * block:
         mass = jnp.pad(mass, ((0, 0), (0, -width % block))).reshape(rows, -1, block)
         sums = jnp.sum(mass, axis=-1)
-        chosen, left = _inverse(uniforms * jnp.sum(sums, axis=-1), sums)
+        total = jnp.sum(sums, axis=-1)
+        chosen, left = _inverse(uniforms * total, sums)
         inside = jnp.take_along_axis(mass, chosen[:, None, None], axis=1)[:, 0]
-        return chosen * block + _inverse(left, inside)[0]
-    return _inverse(uniforms * jnp.sum(mass, axis=-1), mass)[0]
+        tokens = chosen * block + _inverse(left, inside)[0]
+    else:
+        total = jnp.sum(mass, axis=-1)
+        tokens = _inverse(uniforms * total, mass)[0]
+    return tokens, _taken(logits, tokens) - most[:, 0] - jnp.log(total)
+
+
+def _taken(rows, tokens):
+    """The entry of each row `(B, V)` at its token `(B,)`."""
+    return jnp.take_along_axis(rows, tokens[:, None], axis=-1)[:, 0]
 
 
 def _inverse(target, mass):
@@ -90,8 +159,8 @@ def _native(graph: Any, step_tokens: int, end_tokens: tuple[int, ...]):
 
     @custom_vmap
     def write(keys, weights, prompt, states):
-        arrays, ends_step, temperature = weights
-        bundle = (nnx.merge(graph, arrays), ends_step, temperature)
+        arrays, ends_step, sampling = weights
+        bundle = (nnx.merge(graph, arrays), ends_step, sampling)
         return _write(bundle, step_tokens, end_tokens, keys, prompt, states)
 
     @write.def_vmap
@@ -171,7 +240,7 @@ def write_step(
     prompt: Prompted,
     state: Written,
     ends_step: Bool[Array, " V"],
-    temperature: Float[Array, ""],
+    sampling: Sampling,
     *,
     step_tokens: int,
     end_tokens: tuple[int, ...],
@@ -185,7 +254,7 @@ def write_step(
         prompt: what was read.
         state: what was written; a finished one is returned with an empty newest step.
         ends_step: tokens that end a step.
-        temperature: of the token distribution.
+        sampling: the law that tokens are drawn from.
         step_tokens: a step has at most so many tokens (static).
         end_tokens: tokens that end the text (static).
     Raises:
@@ -193,12 +262,12 @@ def write_step(
     """
     sampler = _native(graph, step_tokens, end_tokens)
     one = functools.partial(jax.tree.map, lambda x: jnp.asarray(x)[None, None])
-    written = sampler(key[None], (weights, ends_step, temperature), one(prompt), one(state))
+    written = sampler(key[None], (weights, ends_step, sampling), one(prompt), one(state))
     return jax.tree.map(lambda x: x[0, 0], written)
 
 
 def _write(bundle, step_tokens, end_tokens, keys, prompt, states) -> Written:
-    model, ends_step, temperature = bundle
+    model, ends_step, sampling = bundle
     groups, members = states.length.shape
     batch = groups * members
     flat = jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), states)
@@ -209,24 +278,24 @@ def _write(bundle, step_tokens, end_tokens, keys, prompt, states) -> Written:
         prompt = jax.tree.map(full, prompt)
     prompt = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), prompt)
     prompt_cache = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), prompt.cache)
-    out = token_loop(
-        model, ends_step, temperature, end_tokens, uniforms, prompt, prompt_cache, flat
-    )
+    out = token_loop(model, ends_step, sampling, end_tokens, uniforms, prompt, prompt_cache, flat)
     return jax.tree.map(lambda x: x.reshape(groups, members, *x.shape[1:]), out)
 
 
 def token_loop(
-    model: Transformer, ends_step, temperature, end_tokens, uniforms, prompt, prompt_cache, states
+    model: Transformer, ends_step, sampling, end_tokens, uniforms, prompt, prompt_cache, states
 ) -> Written:
     """The loop itself, over B sequences; see `write_step`.
 
     Args:
+        sampling: the law that tokens are drawn from; a temperature `()` stands for the one with it.
         uniforms: `(B, S)`, one for each token; S is the longest step.
         prompt: tokens `(B / m, P)`, length `(B / m,)`; m sequences in a row share one.
         prompt_cache: `(L, B / m, kv, P, head)`.
         states: leaves `(B, ...)`.
     """
     config = model.config
+    sampling = Sampling.of(sampling)
     batch, room = states.tokens.shape
     rows = jnp.arange(batch)
     layers, layer_kinds = model.stacked(), transformer.kinds(config)
@@ -246,7 +315,7 @@ def token_loop(
         return (index < uniforms.shape[1]) & ~jnp.all(done)
 
     def one_token(carry):
-        index, pending, tokens, length, done, finished, keys, values = carry
+        index, pending, tokens, length, done, finished, log_prob, log_proposal, keys, values = carry
         position = (visible + length)[:, None]
         rotation = transformer.rotations(config, position)
         in_suffix = (jnp.arange(room) < length[:, None])[:, None]
@@ -271,24 +340,33 @@ def token_loop(
         hidden = transformer.rms_norm(hidden[:, 0], model.norm[...], config.norm_eps)
         slot = jnp.where(done, room, length)
         # indexed by sequence and slot, which numpy's rule then puts first
-        keys = keys.at[:, rows, :, slot].set(jnp.moveaxis(k[:, :, :, 0], 0, 1), mode="drop")
-        values = values.at[:, rows, :, slot].set(jnp.moveaxis(v[:, :, :, 0], 0, 1), mode="drop")
+        k, v = (jnp.moveaxis(x[:, :, :, 0], 0, 1).astype(keys.dtype) for x in (k, v))
+        keys = keys.at[:, rows, :, slot].set(k, mode="drop")
+        values = values.at[:, rows, :, slot].set(v, mode="drop")
         uniform = jax.lax.dynamic_index_in_dim(uniforms, index, axis=1, keepdims=False)
-        token = draw_tokens(uniform, model.logits(hidden) / temperature)
+        logits = model.logits(hidden)
+        token, drawn = scored_draw(uniform, sampling(logits))
+        known = drawn  # to the model itself
+        if not sampling.plain:
+            known = _taken(logits, token) - jax.nn.logsumexp(logits, axis=-1)
+        log_prob += jnp.where(done, 0.0, known)
+        log_proposal += jnp.where(done, 0.0, drawn)
         tokens = tokens.at[rows, slot].set(token, mode="drop")
         length = length + ~done
         over = jnp.isin(token, jnp.asarray(end_tokens, jnp.int32)) | (length >= room)
         finished = finished | (~done & over)
         done = done | ends_step[token] | over
-        return index + 1, token, tokens, length, done, finished, keys, values
+        sums = (log_prob, log_proposal)
+        return index + 1, token, tokens, length, done, finished, *sums, keys, values
 
     start = (
         jnp.zeros((), jnp.int32), pending, states.tokens, states.length, states.finished,
-        states.finished, jnp.moveaxis(states.cache.keys, 1, 0),
-        jnp.moveaxis(states.cache.values, 1, 0),
+        states.finished, states.log_prob, states.log_proposal,
+        jnp.moveaxis(states.cache.keys, 1, 0), jnp.moveaxis(states.cache.values, 1, 0),
     )  # fmt: skip
-    _, _, tokens, length, _, finished, keys, values = jax.lax.while_loop(
+    _, _, tokens, length, _, finished, log_prob, log_proposal, keys, values = jax.lax.while_loop(
         unfinished, one_token, start
     )
     suffix = KeysValues(jnp.moveaxis(keys, 0, 1), jnp.moveaxis(values, 0, 1))
-    return Written(tokens, length, states.length, finished, suffix)
+    sums = (log_prob, log_proposal, states.log_prob, states.log_proposal)
+    return Written(tokens, length, states.length, finished, suffix, *sums)

@@ -4,18 +4,35 @@
     lm.logits(token_ids)                          (length, vocabulary)
     state = lm.start(prompt)                      nothing written yet
     lm.next_step(state)                           NumPyro distribution; its value is a `TextState`
+    lm.correction(state)                          log-weight of the newest step under its prior
     lm.text(state)                                what was written
+    lm.chat(messages)                             token ids of a conversation
 
 A step ends with a token that contains the delimiter (a newline), with the end token, or after
 `step_tokens` tokens.  The model is a pytree: its weights pass through `jit` as arguments.
 `lm.given(prompt)` keeps the prompt's keys and values in the model, one copy for all particles;
-without it the prompt travels in the state.  Read next: `decode.py`, `program.py`.
+without it the prompt travels in the state.
+
+Tokens are drawn from q, which `sampling.py` makes of the model's own law p by temperature and
+truncation.  Which of the two a particle filter targets is `prior`:
+
+| prior | log-weight of a step | target, up to Z, with potentials G |
+|---|---|---|
+| "proposal" (default) | 0 | `q(y) G(y)`: the tempered, truncated model is the model |
+| "model" | `sum log p - log q` | `p(y) G(y)` where q is positive |
+
+Under "model", texts that a truncation made impossible (q = 0 < p) cannot be weighed in: the
+evidence then estimates the smaller mass `E_p[G 1(q > 0)]`.  `floor=eps` draws from
+`(1 - eps) q + eps p`, which leaves nothing out, and bounds a token's weight by `1 / eps`.
+Temperature alone leaves nothing out either.  `p` at temperature 0.8 is renormalized token by token;
+it is not `p(y)^(1 / 0.8)`.
+
+Read next: `decode.py`, `sampling.py`, `program.py`.
 """
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, SupportsIndex
+from typing import Any, SupportsIndex
 
 import equinox as eqx
 import jax
@@ -27,37 +44,14 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int32
 
 from smcscale.models import parameters
-from smcscale.models.reasoning import cache, decode, transformer
+from smcscale.models.parameters import Placement
+from smcscale.models.reasoning import cache, decode
 from smcscale.models.reasoning.architecture import Config
-from smcscale.models.reasoning.decode import Prompted, Written
+from smcscale.models.reasoning.decode import Prompted, TextState, Written
+from smcscale.models.reasoning.folder import load_backbone
+from smcscale.models.reasoning.sampling import Sampling, from_generation_config
 from smcscale.models.reasoning.tokenizer import Tokenizer
 from smcscale.models.reasoning.transformer import Transformer
-
-
-class TextState(eqx.Module):
-    """The text of one particle; the value of `lm.next_step(state)`.
-
-    Attributes:
-        written: tokens so far, their number, where the newest step begins, whether the text is
-            finished, and the cache (heavy).
-        prompt: the prompt, when the model was not `given` one; else None.
-    """
-
-    written: Written
-    prompt: Prompted | None = None
-    heavy: ClassVar[tuple[str, ...]] = ("cache",)
-    ndim: ClassVar[int] = 0  # plain NumPyro asks a value for these two
-    shape: ClassVar[tuple[int, ...]] = ()
-
-    @property
-    def finished(self) -> Bool[Array, ""]:
-        """Whether the end token was written, or the room is full."""
-        return self.written.finished
-
-    @property
-    def step_length(self) -> Int32[Array, ""]:
-        """How many tokens the newest step has; 0 if nothing was added."""
-        return self.written.length - self.written.begin
 
 
 class LanguageModel(eqx.Module):
@@ -66,18 +60,20 @@ class LanguageModel(eqx.Module):
     Attributes:
         weights: the network's arrays (`nnx.State`).
         ends_step: `(V,)` bool, tokens that end a step.
-        temperature: `()`; of the distribution `next_step`.
+        sampling: the law that tokens are drawn from.
         prompt: what `given` read, else None.
+        prior: "proposal" or "model", see the module docstring (static).
         step_tokens, max_tokens: at most so many tokens in a step, in a text (static).
     """
 
     weights: Any
     ends_step: Bool[Array, " V"]
-    temperature: Float[Array, ""]
+    sampling: Sampling
     prompt: Prompted | None
     graph: Any = eqx.field(static=True)
     config: Config = eqx.field(static=True)
     tokenizer: Tokenizer | None = eqx.field(static=True)
+    prior: str = eqx.field(static=True)
     step_tokens: int = eqx.field(static=True)
     max_tokens: int = eqx.field(static=True)
 
@@ -88,11 +84,29 @@ class LanguageModel(eqx.Module):
         ends_step: Any,
         *,
         temperature: float = 1.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        floor: float | None = None,
+        prior: str = "proposal",
         step_tokens: int = 32,
         max_tokens: int = 192,
     ):
-        if not temperature > 0:
-            raise ValueError(f"smcscale: temperature must be positive, got {temperature}.")
+        """A model from its network.
+
+        Args:
+            model: the network.
+            tokenizer: None if only token ids are read and written.
+            ends_step: `(V,)` bool, tokens that end a step.
+            temperature, top_p, top_k, min_p, floor: make q of p, see `sampling.py`.
+            prior: "proposal" or "model": what the particle filter targets, see the module
+                docstring.
+            step_tokens, max_tokens: at most so many tokens in a step, in a text.
+        Raises:
+            ValueError: an option outside its range.
+        """
+        if prior not in ("proposal", "model"):
+            raise ValueError(f'smcscale: prior must be "proposal" or "model", got {prior!r}.')
         if not 1 <= step_tokens <= max_tokens:
             raise ValueError(
                 f"smcscale: step_tokens must be in [1, max_tokens={max_tokens}], got {step_tokens}."
@@ -106,38 +120,68 @@ class LanguageModel(eqx.Module):
         self.config = model.config
         self.tokenizer = tokenizer
         self.ends_step = jnp.asarray(ends_step, bool)
-        self.temperature = jnp.asarray(temperature, jnp.float32)
+        self.sampling = Sampling(temperature, top_p, top_k, min_p, floor)
+        self.prior = prior
         self.step_tokens = step_tokens
         self.max_tokens = max_tokens
         self.prompt = None
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, delimiter: str = "\n", **options: Any
+        cls,
+        path: str | Path,
+        *,
+        delimiter: str = "\n",
+        dtype: Any = "float32",
+        sharding: Placement | None = None,
+        sampling: str | None = None,
+        **options: Any,
     ) -> "LanguageModel":
-        """Read a folder with `config.json`, `model.safetensors` and `tokenizer.json`.
+        """Read a folder with `config.json`, safetensors weights and `tokenizer.json`.
 
-        A `generation_config.json` beside them adds its end tokens.
+        Weights are `model.safetensors` or the shards that `model.safetensors.index.json` names,
+        read tensor by tensor.  A `generation_config.json` adds its end tokens; its temperature and
+        truncations are applied only if asked for by `sampling`, since they would change the law
+        that the particle filter targets without a word.  A chat template in
+        `tokenizer_config.json` serves `chat`.
 
         Args:
             path: the folder.
             delimiter: tokens that contain it end a step.
-            **options: `temperature`, `step_tokens`, `max_tokens`; `config.json` may say other
-                defaults under the key "smcscale".
+            dtype: "float32" or "bfloat16", of weights, activations and caches; norms, softmax and
+                logits are float32 in both.
+            sharding: how to lay the weights over devices, such as
+                `transformer.tensor_parallel(mesh)`; None: one device.
+            sampling: "generation_config" to draw as that file says; None: as `options` say.
+            **options: `temperature`, `top_p`, `top_k`, `min_p`, `floor`, `prior`, `step_tokens`,
+                `max_tokens`; `config.json` may say other defaults under the key "smcscale".
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: an architecture that is not in `architecture.FAMILIES`, broken or misshapen
-                files.
+                files, or a `sampling` that is not there.
         """
-        model, tokenizer, _ = load_backbone(path)
-        options = parameters.read_json(Path(path) / "config.json").get("smcscale", {}) | options
+        path = Path(path)
+        if sampling not in (None, "generation_config"):
+            raise ValueError(
+                f'smcscale: sampling must be None or "generation_config", got {sampling!r}.'
+            )
+        model, tokenizer, _ = load_backbone(path, dtype=dtype, sharding=sharding)
+        defaults = parameters.read_json(path / "config.json").get("smcscale", {})
+        if sampling is not None:
+            file = path / "generation_config.json"
+            defaults |= from_generation_config(parameters.read_json(file), str(file))
         mask = tokenizer.ends_step(delimiter, model.config.vocabulary_size)
-        return cls(model, tokenizer, mask, **options)
+        return cls(model, tokenizer, mask, **(defaults | options))
 
     @property
     def model(self) -> Transformer:
         """The network."""
         return nnx.merge(self.graph, self.weights)
+
+    @property
+    def temperature(self) -> Float[Array, ""]:
+        """Of the distribution `next_step`."""
+        return jnp.ones(()) if self.sampling.temperature is None else self.sampling.temperature
 
     def logits(self, token_ids: Any) -> Float[Array, "length vocabulary"]:
         """Logits of the next token after every prefix, by one full pass.
@@ -198,13 +242,24 @@ class LanguageModel(eqx.Module):
             zero,
             zero,
             jnp.zeros((), bool),
-            cache.empty(self.config, self.max_tokens),
+            cache.empty(self.config, self.max_tokens, self.model.embedding[...].dtype),
         )
         return TextState(written, None if prompt is None else self.read(prompt))
 
     def next_step(self, state: TextState) -> "NextStep":
         """The distribution of the state one step on."""
         return NextStep(self, state)
+
+    def correction(self, state: TextState) -> Float[Array, "..."]:
+        """Log-weight increment `()` of the newest step that makes `prior` the target, nats.
+
+        `log p - log q` over all its tokens, the one that ends it included, with q renormalized
+        after truncation; 0 under `prior="proposal"`, for a finished text that waits, and where q is
+        p.  A program adds it once a step: `numpyro.factor("prior", lm.correction(text))`.
+        """
+        if self.prior == "proposal" or self.sampling.plain:
+            return jnp.zeros_like(state.step_log_prob)
+        return state.step_log_prob - state.step_log_proposal
 
     def prompt_of(self, state: TextState) -> Prompted:
         """The prompt that a state continues."""
@@ -215,6 +270,33 @@ class LanguageModel(eqx.Module):
                 "  try: the same model, lm.given(prompt)."
             )
         return prompt
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        trusted: bool = False,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a conversation, as the model's chat template writes it.
+
+        Args:
+            messages: such as `[{"role": "user", "content": "..."}]`.
+            add_generation_prompt: end with the opening of the model's turn.
+            trusted: read special tokens in the messages too; else they are plain text, so that
+                nobody who writes a message can end a turn or open another.
+            **variables: further ones that the template knows, such as `tools`.
+        Returns:
+            Ids that `start`, `given` and `read_prompt` take; `lm.tokenizer.chat_text` gives the text.
+        Raises:
+            ValueError: no template, a broken one, or one that refuses these messages.
+        """
+        if self.tokenizer is None:
+            raise ValueError("smcscale: a model without tokenizer has no chat template.")
+        return self.tokenizer.encode_chat(
+            messages, add_generation_prompt, trusted=trusted, **variables
+        )
 
     def text(self, state: TextState) -> str:
         """What one state has written, without the prompt."""
@@ -232,7 +314,8 @@ class NextStep(dist.Distribution):
 
     Under `vmap` all sequences are written in one token loop (see `decode.py`); with one key for
     all mapped states each still draws its own tokens.  A finished text stays as it is, with
-    probability one.  Not differentiable.
+    probability one.  This is the law q that tokens are drawn from, whatever the model's `prior`.
+    Not differentiable.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012  as in NumPyro
@@ -262,7 +345,7 @@ class NextStep(dist.Distribution):
             lm.prompt_of(state),
             state.written,
             lm.ends_step,
-            lm.temperature,
+            lm.sampling,
             step_tokens=lm.step_tokens,
             end_tokens=lm.config.end_tokens,
         )
@@ -271,7 +354,7 @@ class NextStep(dist.Distribution):
     def log_prob(self, value: Any, intermediates: Any = None) -> Float[Array, ""]:
         """Log probability `()` of the newest step of `value` (a `TextState`) after this state, nats.
 
-        `-inf` for what the sampler cannot produce: a step that stops early or runs on past its
+        Under q, by the step's tokens alone; `-inf` for what the sampler cannot produce: a step that stops early or runs on past its
         end, or that continues a finished text.
         """
         lm, before, after = self.lm, self.state.written, value.written
@@ -296,7 +379,7 @@ class NextStep(dist.Distribution):
             inputs[None],
             count[None],
         )
-        log_probs = jax.nn.log_softmax(lm.model.logits(hidden[0]) / lm.temperature)
+        log_probs = jax.nn.log_softmax(lm.sampling(lm.model.logits(hidden[0])))
         chosen = jnp.take_along_axis(log_probs, tokens[:, None], axis=1)[:, 0]
         inside = jnp.arange(size) < count
         over = lm.ends_step[tokens] | jnp.isin(tokens, jnp.asarray(lm.config.end_tokens, int))
@@ -309,30 +392,6 @@ class NextStep(dist.Distribution):
             jnp.where(count == 0, 0.0, -jnp.inf),
             jnp.where(possible, written, -jnp.inf),
         )
-
-
-def load_backbone(
-    path: str | Path, *, writes: bool = True
-) -> tuple[Transformer, Tokenizer, dict[str, np.ndarray]]:
-    """The transformer, the tokenizer and all tensors of a model folder.
-
-    Unless it `writes`, the network may lack the matrix that makes logits.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"smcscale: {path} is not a folder. Expected a model folder in the Hugging Face "
-            "layout (config.json, model.safetensors, tokenizer.json)."
-        )
-    config = Config.from_hf(parameters.read_json(path / "config.json"), str(path / "config.json"))
-    generation = path / "generation_config.json"
-    if generation.is_file():  # chat models add the token that ends a turn here
-        config = config.with_end_tokens(parameters.read_json(generation).get("eos_token_id"))
-    tensors = parameters.load(path)
-    if not writes and "lm_head.weight" not in tensors:
-        config = replace(config, tied=True)
-    model = transformer.from_hf(config, tensors, str(path))
-    return model, Tokenizer.from_file(path / "tokenizer.json", config.end_tokens), tensors
 
 
 def check_tokens(token_ids: Any, config: Config) -> Int32[Array, " S"]:

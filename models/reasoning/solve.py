@@ -12,8 +12,8 @@ import numpy as np
 
 from smcscale.engine.filter import ParticleFilter
 from smcscale.kernels import resampling
-from smcscale.models.reasoning import answers as readouts
 from smcscale.models.reasoning.language_model import LanguageModel
+from smcscale.models.reasoning.methods import Method
 from smcscale.models.reasoning.program import read_prompt, reason
 from smcscale.models.reasoning.reward_model import ProcessRewardModel
 from smcscale.models.reasoning.tasks import final_answer
@@ -56,8 +56,8 @@ def solve(
     lm: LanguageModel | None = None,
     prm: ProcessRewardModel | None = None,
     num_particles: int = 16,
-    method: ParticleFilter | None = None,
-    select: Select = readouts.weighted_majority,
+    method: ParticleFilter | Method | None = None,
+    select: Select | None = None,
     key: Any = None,
     max_steps: int = MAX_STEPS,
     answer_of: Callable[[str], str | None] = final_answer,
@@ -72,8 +72,8 @@ def solve(
     lm: LanguageModel | None = None,
     prm: ProcessRewardModel | None = None,
     num_particles: int = 16,
-    method: ParticleFilter | None = None,
-    select: Select = readouts.weighted_majority,
+    method: ParticleFilter | Method | None = None,
+    select: Select | None = None,
     key: Any = None,
     max_steps: int = MAX_STEPS,
     answer_of: Callable[[str], str | None] = final_answer,
@@ -87,8 +87,8 @@ def solve(
     lm: LanguageModel | None = None,
     prm: ProcessRewardModel | None = None,
     num_particles: int = 16,
-    method: ParticleFilter | None = None,
-    select: Select = readouts.weighted_majority,
+    method: ParticleFilter | Method | None = None,
+    select: Select | None = None,
     key: Any = None,
     max_steps: int = MAX_STEPS,
     answer_of: Callable[[str], str | None] = final_answer,
@@ -101,13 +101,14 @@ def solve(
         lm: the language model; the shipped one when None.
         prm: the process reward model; the shipped one when None.
         num_particles: N.
-        method: `ParticleFilter(reason, ...)` with the kernels to use; systematic resampling below
-            half the ESS when None.
-        select: `(answers, log_weights, scores, key) -> answer`, see `answers.py`.
+        method: one of `methods.py`, or `ParticleFilter(reason, ...)` with the kernels to use;
+            systematic resampling below half the ESS when None.
+        select: `(answers, log_weights, scores, key) -> answer`, see `answers.py`; that of the method
+            when None.
         key: random key; `jax.random.key(0)` when None.
         max_steps: at most so many steps.
         answer_of: reads the answer out of a text.
-        options: further keyword arguments of `reason`, such as `potential`.
+        options: further keyword arguments of `reason`, such as `potential`, over those of the method.
     Returns:
         `Solution`, or a list of them for a list of questions.
     Raises:
@@ -115,7 +116,10 @@ def solve(
     """
     lm = shipped_language_model() if lm is None else lm
     prm = shipped_reward_model() if prm is None else prm
-    method = default_method() if method is None else method
+    if not isinstance(method, Method):
+        method = Method(default_method() if method is None else method)
+    options = {**method.options, **(options or {})}
+    chosen = method.select if select is None else select
     key = jax.random.key(0) if key is None else key
 
     def solved(text: str, key: Any) -> Solution:
@@ -123,9 +127,14 @@ def solve(
             raise ValueError("smcscale: the question is empty.")
         run_key, select_key = jax.random.split(key)
         prompt = read_prompt(lm, prm, text.strip() + "\n")
-        smc = SMC(method, num_particles=num_particles, progress_bar=False)
-        smc.run(run_key, lm, prm, prompt, max_steps=max_steps, **(options or {}))
-        return _read(smc, lm, select, select_key, answer_of)
+        smc = SMC(
+            method.filter,
+            num_particles=num_particles,
+            num_islands=method.num_islands,
+            progress_bar=False,
+        )
+        smc.run(run_key, lm, prm, prompt, max_steps=max_steps, **options)
+        return _read(smc, lm, chosen, select_key, answer_of)
 
     if isinstance(question, str):
         return solved(question, key)
@@ -136,11 +145,11 @@ def solve(
 def _read(smc: SMC, lm: LanguageModel, select: Select, key: Any, answer_of: Callable) -> Solution:
     """The solution that a finished run holds."""
     samples, log_weights = smc.get_samples(weighted=True)
-    tokens = np.asarray(samples["step"].written.tokens)
-    lengths = np.asarray(samples["step"].written.length)
-    scores = np.asarray(samples["score"])
-    if tokens.ndim == 3:  # a store of paths: the last row has the whole text
-        tokens, lengths, scores = tokens[:, -1], lengths[:, -1], scores[:, -1]
+    written, scores = samples["step"].written, samples["score"]
+    if written.tokens.ndim == 3:  # a store of paths: the last row has the whole text
+        written, scores = jax.tree.map(lambda x: x[:, -1], (written, scores))
+    tokens, lengths = np.asarray(written.tokens), np.asarray(written.length)
+    scores = np.asarray(scores)
     texts = tuple(lm.decode(row[:n]) for row, n in zip(tokens, lengths, strict=True))
     answers = tuple(answer_of(text) for text in texts)
     log_weights = np.asarray(log_weights)
@@ -148,7 +157,16 @@ def _read(smc: SMC, lm: LanguageModel, select: Select, key: Any, answer_of: Call
         evidence = float(smc.log_evidence[0])
     except ValueError:  # a selection kernel left no target
         evidence = None
-    answer = select(answers, log_weights, scores, key)
+    # some rules read more of a run, and say so
+    ends = np.asarray(lm.ends_step)
+    more = {
+        "texts": texts,
+        "log_probs": np.asarray(written.log_prob),
+        "num_tokens": lengths,
+        "steps": [1 + ends[row[: n - 1]].sum() for row, n in zip(tokens, lengths, strict=True)],
+    }
+    needed = {name: more[name] for name in getattr(select, "needs", ())}
+    answer = select(answers, log_weights, scores, key, **needed)
     return Solution(answer, answers, log_weights, evidence, texts, scores, dict(smc.cost))
 
 

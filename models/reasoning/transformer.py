@@ -9,7 +9,11 @@ RMSNorm, rotary positions, grouped-query attention, a gated MLP; what else a lay
 `architecture.FAMILIES`.  The layers are stacked on a leading axis and looped over by `lax.scan`,
 which keeps compile times short; what differs between them goes along as `kinds(config)`.
 `queries_keys_values` and `after_attention` are the two halves of a layer; `cache.py` and `decode.py`
-put cached attention between them.  Everything is computed in float32.
+put cached attention between them.
+
+Hidden states have the dtype of the weights, float32 or bfloat16; norms, rotations, softmax and
+logits are computed in float32, and weights of norms stay float32.  `from_hf` reads tensor by tensor
+into the place of each; `tensor_parallel(mesh)` says how to lay the parameters over several devices.
 """
 
 import math
@@ -20,8 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
+from smcscale.models import parameters
+from smcscale.models.parameters import Placement
 from smcscale.models.reasoning.architecture import Config, rope_frequencies
 
 
@@ -142,8 +149,9 @@ class Transformer(nnx.Module):
         return hidden * math.sqrt(self.config.hidden_size) if self.config.layout.gemma else hidden
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """`(..., D)` hidden states to `(..., V)` logits."""
-        logits = hidden @ (self.embedding if self.config.tied else self.head)[...].T
+        """`(..., D)` hidden states to `(..., V)` logits, float32."""
+        head = (self.embedding if self.config.tied else self.head)[...]
+        logits = jnp.matmul(hidden, head.T, preferred_element_type=wide(hidden.dtype))
         return capped(logits, self.config.logit_cap)
 
 
@@ -152,15 +160,22 @@ def capped(x: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(x / cap) if cap else x
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype to accumulate in: float32, or a wider one."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def _causal_attention(config, q, k, v, causal):
     """Attended values `(B, S, kv, r, head)`; batched matrix products without odd layouts."""
     batch, length, groups, repeats, size = q.shape
+    dtype = q.dtype
     rows = (batch, groups, repeats * length, size)  # the queries that share keys, stacked
     q = q.transpose(0, 2, 3, 1, 4).reshape(rows) * config.scale
-    scores = (q @ k.transpose(0, 2, 3, 1)).reshape(batch, groups, repeats, length, length)
+    scores = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=wide(dtype))
+    scores = scores.reshape(batch, groups, repeats, length, length)
     scores = capped(scores, config.attention_cap)
     share = jax.nn.softmax(jnp.where(causal, scores, -1e30), axis=-1)
-    share = share.reshape(batch, groups, repeats * length, length)
+    share = share.reshape(batch, groups, repeats * length, length).astype(dtype)
     attended = (share @ v.transpose(0, 2, 1, 3)).reshape(batch, groups, repeats, length, size)
     return attended.transpose(0, 3, 1, 2, 4)
 
@@ -186,7 +201,9 @@ def turned(rotation: tuple[jax.Array, jax.Array], kind: Kind) -> tuple[jax.Array
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square normalisation over the last axis."""
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    dtype, x = x.dtype, x.astype(wide(x.dtype))
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    return x.astype(dtype)
 
 
 def queries_keys_values(config: Config, weights, hidden, rotation):
@@ -217,8 +234,9 @@ def queries_keys_values(config: Config, weights, hidden, rotation):
 
 
 def _rotate(x, cos, sin):
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    first, second = jnp.split(x.astype(wide(x.dtype)), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
 
 
 def after_attention(config: Config, weights, hidden, attended):
@@ -288,11 +306,41 @@ def to_hf(model: Transformer) -> dict[str, np.ndarray]:
     return tensors
 
 
+def tensor_parallel(mesh: Mesh, axis: str = "model") -> Placement:
+    """Heads of attention, columns of the MLP and words cut over one axis of a mesh.
+
+    Args:
+        mesh: must have the axis; others are not used.
+        axis: its size divides the sizes of heads, MLP and vocabulary.
+    Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
+    """
+    columns, rows = PartitionSpec(None, None, axis), PartitionSpec(None, axis, None)
+    rules = (
+        (r"layers\.(q|k|v|gate|up)", columns),
+        (r"layers\.(q|k|v)_bias", PartitionSpec(None, axis)),
+        (r"layers\.(o|down)", rows),
+        (r"embedding|head", PartitionSpec(axis, None)),
+    )
+    return Placement(mesh, rules)
+
+
 def from_hf(
-    config: Config, tensors: Mapping[str, np.ndarray], where: str = "weights"
+    config: Config,
+    tensors: Mapping[str, np.ndarray],
+    where: str = "weights",
+    *,
+    dtype: Any = jnp.float32,
+    sharding: Placement | None = None,
 ) -> Transformer:
     """A transformer from parameters under their Hugging Face names.
 
+    Tensors are asked for one at a time and written into their final place at once, so a mapping
+    that reads on demand (`parameters.Checkpoint`) needs room for the network and one tensor.
+
+    Args:
+        dtype: of the weights, but those of norms, which stay float32.
+        sharding: how to lay the parameters over devices, named "embedding", "layers.q" (as in
+            `Layers`), "norm", "head"; None: one device.
     Raises:
         ValueError: a tensor is missing or has another shape than the configuration says.
     """
@@ -309,21 +357,26 @@ def from_hf(
             )
         return found
 
+    def whole(stored: str, shape: tuple[int, ...]):
+        yield ..., tensor(stored, shape)
+
+    def layers(stored: str, shape: tuple[int, ...]):
+        for index in range(config.num_layers):
+            yield index, tensor(f"model.layers.{index}.{stored}", shape).T
+
+    def parameter(name: str, shape: tuple[int, ...], parts: Any) -> nnx.Param:
+        kept = jnp.float32 if name.endswith("norm") else dtype
+        less = _taken_off(config, name)
+        placed = None if sharding is None else sharding(name, shape)
+        return nnx.Param(parameters.assemble(shape, kept, parts, placed, plus=less))
+
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    wide = (config.vocabulary_size, config.hidden_size)
-    model.embedding = nnx.Param(jnp.asarray(tensor("model.embed_tokens.weight", wide)))
-    norm = tensor("model.norm.weight", (config.hidden_size,))
-    model.norm = nnx.Param(jnp.asarray(norm + _taken_off(config, "norm")))
+    table, hidden = (config.vocabulary_size, config.hidden_size), (config.hidden_size,)
+    model.embedding = parameter("embedding", table, whole("model.embed_tokens.weight", table))
+    model.norm = parameter("norm", hidden, whole("model.norm.weight", hidden))
     for name, stacked in model.stacked().items():
-        stored, less = _stored_names(config)[name], _taken_off(config, name)
-        rows = [
-            tensor(f"model.layers.{i}.{stored}", stacked.shape[:0:-1]).T
-            for i in range(config.num_layers)
-        ]
-        values = np.stack(rows)
-        if less:
-            values += less
-        setattr(model.layers, name, nnx.Param(jnp.asarray(values)))
+        parts = layers(_stored_names(config)[name], stacked.shape[:0:-1])
+        setattr(model.layers, name, parameter(f"layers.{name}", stacked.shape, parts))
     if not config.tied:
-        model.head = nnx.Param(jnp.asarray(tensor("lm_head.weight", wide)))
+        model.head = parameter("head", table, whole("lm_head.weight", table))
     return model

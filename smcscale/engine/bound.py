@@ -122,7 +122,10 @@ def make_plan(
 ) -> Plan:
     """Plan the step for states like `leaves`, `(R, N, ...)` arrays or abstract."""
     one = [jax.ShapeDtypeStruct(x.shape[2:], x.dtype) for x in leaves]
-    step = mutate.mutation(bound.model, leaves, structure, bound.inputs, bound.num_steps, key_dtype)
+    advance = None if bound.lowered is None else bound.lowered.advance
+    step = mutate.mutation(
+        bound.model, leaves, structure, bound.inputs, bound.num_steps, key_dtype, advance
+    )
     # a leaf that nobody reads and that equals an earlier one is carried once
     packed = tuple(i for i, first in enumerate(step.aliases) if first == i or step.reads[i])
     unpack = tuple(

@@ -157,7 +157,7 @@ def block(fixed: tuple, population: Population) -> tuple[Population, Info, Kept 
     first = population.time
 
     def make(pop: Population, step_keys: Array, frontier: tuple) -> tuple:
-        pop, info = one_step(bound, plan, pop, step_keys, frontier, _row(bound, pop.time))
+        pop, info = one_step(bound, plan, pop, step_keys, frontier, row_at(bound, pop.time))
         kept = None
         if keep:
             leaves = jax.tree.leaves(recorded(bound, plan, pop.leaves))
@@ -223,7 +223,7 @@ def resize(
     bound = bind(pf, args, kwargs, sizes.num_steps)
     plan = plan_again(pf, bound, run_keys, sizes)
     step_keys = jax.vmap(lambda k: keys.step(k, population.time))(run_keys)
-    row = _row(bound, population.time)
+    row = row_at(bound, population.time)
     moved = resample(plan.scheme, population, step_keys, row, num_particles=num_particles)
     return population._replace(
         leaves=moved.leaves,
@@ -307,7 +307,7 @@ def explain(
     plan = plan_again(pf, bound, run_keys, sizes)
     time = population.time
     step_keys = jax.vmap(lambda k: keys.step(k, time))(run_keys)
-    row = _row(bound, time)
+    row = row_at(bound, time)
     resampled = resample(plan.scheme, population, step_keys, row)
     frontier = plan.mutation.noise(jax.vmap(keys.move)(step_keys))
     previous = plan.full(resampled.leaves)
@@ -341,7 +341,8 @@ def _at(rows: Any, index: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), rows)
 
 
-def _row(bound: Bound, time: Array) -> Any:
+def row_at(bound: Bound, time: Array) -> Any:
+    """One row of the inputs."""
     return _at(bound.inputs, time)
 
 

@@ -81,10 +81,10 @@ class ParticleFilter(eqx.Module):
                 raise ValueError(
                     "smcscale: a FeynmanKac model takes no `guide`.\n  try: `proposal=`."
                 )
-            if program.capabilities.host:
-                raise NotImplementedError(
-                    "smcscale: this FeynmanKac model declares Capabilities(host=True); the compiled "
-                    "particle filter cannot run Python in a step.\n  try: a traced transition."
+            if program.capabilities.host and proposal is not None:
+                raise ValueError(
+                    "smcscale: a model with Capabilities(host=True) takes no `proposal`.\n"
+                    "  try: a transition that draws from it and returns Weighted(states, ratios)."
                 )
             if proposal is not None and program.log_transition is None:
                 raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from smcscale.feynman_kac import FeynmanKac, weighted
+from smcscale.feynman_kac import Advanced, FeynmanKac, weighted
 from smcscale.noise import split_noise
 
 #: elements of noise drawn at once: enough to share the cost of a draw among steps
@@ -113,13 +113,30 @@ def draw_initial(model: FeynmanKac, row: Any, keys: Any, num_particles: int) -> 
 
 
 def mutation(
-    model: FeynmanKac, states: list, structure: Any, inputs: Any, num_steps: int, key_dtype: Any
+    model: FeynmanKac,
+    states: list,
+    structure: Any,
+    inputs: Any,
+    num_steps: int,
+    key_dtype: Any,
+    advance: Callable[..., Advanced] | None = None,
 ) -> Mutation:
     """The transition and potential of `model` for states like `states`, leaves `(R, N, ...)`.
 
+    Args:
+        model: the Feynman-Kac model.
+        states: leaves `(R, N, ...)`, arrays or abstract.
+        structure: of the state.
+        inputs: rows, leaves `(T, ...)`.
+        num_steps: T.
+        key_dtype: of random keys.
+        advance: `(key, previous, input) -> Advanced`, all of a step at once; the model's functions
+            one after the other when None.
     Raises:
         TypeError: when the transition returns another state type than it was given.
     """
+    if model.capabilities.host:
+        return _host_mutation(len(states))
     num_runs, num_particles = states[0].shape[:2]
     leaves = [jax.ShapeDtypeStruct(x.shape[2:], x.dtype) for x in states]
     row_leaves, row_structure = jax.tree.flatten(jax.tree.map(lambda x: x[0], inputs))
@@ -127,18 +144,23 @@ def mutation(
 
     def score(previous: Any, state: Any, given: Any, increment: Any) -> list:
         log_weight = increment + model.log_potential(previous, state, given)
+        return told(log_weight, {} if model.cost is None else model.cost(previous, state, given))
+
+    def told(log_weight: Any, costs: dict) -> list:
         if jnp.shape(log_weight) != ():
             raise ValueError(
                 f"smcscale: the log potential of one particle has shape {jnp.shape(log_weight)}.\n"
                 "  try: a scalar; sum over dimensions."
             )
-        costs = {} if model.cost is None else model.cost(previous, state, given)
         names[:] = list(costs)
         return [log_weight, *(jnp.asarray(c, jnp.float32) for c in costs.values())]
 
     def step(key: Any, *arguments: Any) -> list:
         previous = jax.tree.unflatten(structure, arguments[: len(leaves)])
         given = jax.tree.unflatten(row_structure, arguments[len(leaves) :])
+        if advance is not None:
+            made = advance(key, previous, given)
+            return [*_checked(made.state, structure, leaves), *told(made.log_weight, made.cost)]
         out = weighted(model.transition(key, previous, given))
         new = _checked(out.state, structure, leaves)
         state = jax.tree.unflatten(structure, new)
@@ -214,8 +236,25 @@ def _batched_mutation(
             new, log_weights, {n: jnp.sum(c, axis=1) for n, c in zip(names, costs, strict=True)}
         )
 
-    everything, nothing = (True,) * len(leaves), (False,) * len(leaves)
-    own = tuple(range(len(leaves)))
+    return _opaque_mutation(apply, len(leaves))
+
+
+def _host_mutation(num_leaves: int) -> Mutation:
+    """A model whose step is made outside the compiled program, by `smcscale.engine.host`."""
+
+    def apply(*_: Any) -> Mutated:
+        raise NotImplementedError(
+            "smcscale: this model runs Python on the host; it has no compiled step.\n"
+            "  try: SMC(ParticleFilter(model), ...).run, outside jit, vmap and export."
+        )
+
+    return _opaque_mutation(apply, num_leaves)
+
+
+def _opaque_mutation(apply: Callable, num_leaves: int) -> Mutation:
+    """A step that draws for itself and may read every leaf."""
+    everything, nothing = (True,) * num_leaves, (False,) * num_leaves
+    own = tuple(range(num_leaves))
     return Mutation(lambda keys: (keys,), apply, 1, 0, everything, everything, own, nothing, 0)
 
 

@@ -1,8 +1,8 @@
 """A NumPyro program (and its guide or proposal) as a `FeynmanKac` model of one particle.
 
 One body gives everything: it is run to simulate (latents drawn), to score a transition (latents
-given, their densities summed) and to weigh (latents given, observed densities summed). XLA merges
-what the three have in common.
+given, their densities summed) and to weigh (latents given, observed densities summed). A filter
+runs it once a row for all of that: XLA would not merge loops inside it, as of a network's layers.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from smcscale.feynman_kac import FeynmanKac, Weighted
+from smcscale.feynman_kac import Advanced, FeynmanKac, Weighted
 from smcscale.noise import depends
 from smcscale.program import scan
 from smcscale.program.guide import align, same_sites
@@ -29,6 +29,7 @@ class Lowered(NamedTuple):
         model: the Feynman-Kac model.
         inputs: rows, leaves `(T, ...)`.
         num_steps: T.
+        advance: `(key, previous, input) -> Advanced`, transition, potential and cost in one go.
         observed: names of the observed sites of a row.
         explain: `(key, previous, state, input) -> {site: log potential}` of one particle.
         readout: `state -> (sites before the loop, sites after it)`, deterministics included.
@@ -40,6 +41,7 @@ class Lowered(NamedTuple):
     model: FeynmanKac
     inputs: Row
     num_steps: int
+    advance: Callable[..., Advanced]
     observed: tuple[str, ...]
     explain: Callable
     readout: Callable
@@ -180,10 +182,11 @@ def lower(
         state = ProgramState(before, as_carry(start.loop.init), guide_carry, blank_sites())
         return Weighted(state, increment)
 
-    def transition(key: Any, previous: ProgramState, at: Row) -> ProgramState | Weighted:
+    def moved(key: Any, previous: ProgramState, at: Row) -> tuple[Weighted, scan.Visited]:
         if guide is None and proposal is None:
             seen = body(key, previous, at, {})
-            return ProgramState(previous.before, as_carry(seen.carry), None, kept(seen.sites))
+            state = ProgramState(previous.before, as_carry(seen.carry), None, kept(seen.sites))
+            return Weighted(state, jnp.zeros(())), seen
         guide_carry = None
         if guide is not None:
             proposed = guide_body(key, previous, at)
@@ -196,7 +199,11 @@ def lower(
             log_q = proposal.log_prob(previous.carry, drawn, at.row)
         seen = body(None, previous, at, drawn)
         state = ProgramState(previous.before, as_carry(seen.carry), guide_carry, kept(seen.sites))
-        return Weighted(state, log_density(seen.sites, "latent") - log_q)
+        return Weighted(state, log_density(seen.sites, "latent") - log_q), seen
+
+    def transition(key: Any, previous: ProgramState, at: Row) -> ProgramState | Weighted:
+        out, _ = moved(key, previous, at)
+        return out.state if guide is None and proposal is None else out
 
     def missing() -> dict:
         def look(at: Row) -> dict:
@@ -227,13 +234,20 @@ def lower(
     def replay(previous: ProgramState, state: ProgramState, at: Row) -> scan.Visited:
         return body(None, previous, at, {n: state.sites[n] for n in row_latents})
 
-    def log_potential(previous: ProgramState, state: ProgramState, at: Row) -> Array:
-        total = log_density(replay(previous, state, at).sites, "observed")
+    def scored(seen: scan.Visited, state: ProgramState, at: Row) -> Array:
+        total = log_density(seen.sites, "observed")
         if tail is not None and tail.observed:
             total += jax.lax.cond(
                 at.last, tail.log_potential, lambda _: jnp.zeros_like(total), state
             )
         return total
+
+    def log_potential(previous: ProgramState, state: ProgramState, at: Row) -> Array:
+        return scored(replay(previous, state, at), state, at)
+
+    def advance(key: Any, previous: ProgramState, at: Row) -> Advanced:
+        out, seen = moved(key, previous, at)
+        return Advanced(out.state, out.log_increment + scored(seen, out.state, at), seen.costs)
 
     def log_transition(previous: ProgramState, state: ProgramState, at: Row) -> Array:
         return log_density(replay(previous, state, at).sites, "latent")
@@ -266,6 +280,7 @@ def lower(
         model,
         inputs,
         num_steps,
+        advance,
         tuple(n for n, kind in kinds.items() if kind == "observed"),
         explain,
         readout,

@@ -10,6 +10,7 @@ import pytest
 from smcscale import SMC, FeynmanKac, ParticleFilter, keys
 from smcscale.engine import compiled
 from smcscale.engine.compiled import Sizes
+from smcscale.feynman_kac import Capabilities
 from smcscale.kernels import annealing, lookahead, resampling, tilts, triggers
 from smcscale.models.reasoning import program
 from support.exact import HMM, WALK
@@ -139,3 +140,23 @@ def test_every_path_exports_for_cpu_cuda_and_tpu(path):
     evidence, ess = exported.call(jax.random.key_data(run_keys), arrays)
     assert np.isfinite(np.asarray(evidence)).all()
     assert (np.asarray(ess)[:3] > 0).all()
+
+
+def test_a_host_model_made_of_other_functions_compiles_nothing():
+    def run_again():
+        model = FeynmanKac(
+            _origin,
+            lambda keys, previous, y: np.asarray(previous) + 1,
+            lambda previous, states, y: np.zeros(len(states)),
+            capabilities=Capabilities(host=True),
+        )
+        smc = SMC(ParticleFilter(model, store="last"), num_particles=8, progress_bar=False)
+        smc.run(jax.random.key(0), jnp.ones(3))
+        return smc.log_evidence
+
+    run_again()
+    assert compilations(run_again) == 0
+
+
+def _origin(key):
+    return jnp.zeros(())

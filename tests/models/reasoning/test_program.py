@@ -130,5 +130,7 @@ def test_another_kernel_serves_as_well():
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match='"absorb" or "reweigh"'):
         reason(LM, PRM, tiny.PROMPT, max_steps=2, finished="drop")
+    with pytest.raises(ValueError, match='"keep" or "drop"'):
+        reason(LM, PRM, tiny.PROMPT, max_steps=2, unfinished="absorb")
     with pytest.raises(ValueError, match="at least 1"):
         reason(LM, PRM, tiny.PROMPT, max_steps=0)

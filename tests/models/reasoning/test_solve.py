@@ -6,7 +6,7 @@ import pytest
 
 from smcscale import ParticleFilter
 from smcscale.kernels import resampling
-from smcscale.models.reasoning import majority, reason, solve, tasks
+from smcscale.models.reasoning import answers, majority, methods, reason, solve, tasks
 
 QUESTIONS = [p.question for p in tasks.problems(77, 2)]
 
@@ -29,6 +29,36 @@ def test_a_list_of_questions_and_another_method():
     found = solve(QUESTIONS, num_particles=4, method=method, select=majority)
     assert len(found) == 2
     assert all(np.isfinite(s.log_weights).any() for s in found)
+
+
+METHODS = [
+    methods.best_of_n(),
+    methods.self_consistency(),
+    methods.particle_filter(resampling=resampling.stratified),
+    methods.published_filter(),
+    methods.entropic_filter(12),
+    methods.published_entropic_filter(12),
+    methods.look_ahead(2),
+    methods.steering(2, 2),
+    methods.beam_search(2),
+    methods.diverse_trees(2),
+    methods.balanced_search(),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m.filter.resampling).__name__)
+def test_every_method_solves(method):
+    found = solve(QUESTIONS[0], num_particles=4, method=method, key=jax.random.key(2))
+    assert len(found.texts) == 4 and found.cost["tokens"] > 0
+    searched = method.filter.biases != ()
+    assert (found.log_evidence is None) == searched
+
+
+@pytest.mark.parametrize("rule", [answers.FirstFinish(), answers.PerplexityConsistency()])
+def test_rules_that_read_more_of_a_run(rule):
+    found = solve(QUESTIONS[0], num_particles=4, select=rule, key=jax.random.key(1))
+    assert found.answer in found.answers
 
 
 def test_bad_questions_are_refused():

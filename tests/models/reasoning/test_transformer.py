@@ -59,6 +59,35 @@ def cached_logits(model, tokens, prompt_length=5):
     return np.asarray(jnp.stack(out))
 
 
+def ragged_logits(model, rows, lengths, number):
+    """Logits after each of the `number` tokens behind prompts of several lengths, in one batch.
+
+    One token at a time through the cache; `(B, number, V)`.
+    """
+    batch, lengths = len(lengths), np.asarray(lengths)
+    padded, places = np.zeros((batch, 32), np.int32), np.arange(rows.shape[1])
+    padded[:, : rows.shape[1]] = np.where(places < lengths[:, None], rows, 0)
+    prompt = cache.read_batch(model, jnp.asarray(padded))
+    one = cache.empty(model.config, number, model.embedding[...].dtype)
+    suffix = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), one)
+    graph, weights = nnx.split(model)
+
+    @jax.jit
+    def read(weights, suffix, length, tokens):
+        model, ones = nnx.merge(graph, weights), jnp.ones(batch, jnp.int32)
+        hidden, suffix = cache.extend(
+            model, prompt, jnp.asarray(lengths), suffix, length * ones, tokens[:, None], ones
+        )
+        return model.logits(hidden[:, 0]), suffix
+
+    out = []
+    for index in range(number):
+        tokens = jnp.asarray(rows[np.arange(batch), lengths + index])
+        logits, suffix = read(weights, suffix, jnp.asarray(index), tokens)
+        out.append(logits)
+    return np.asarray(jnp.stack(out, axis=1))
+
+
 @pytest.mark.parametrize("case", [*range(10), "shipped"])
 def test_logits_equal_stored_logits_of_transformers(case):
     model, tokens, expected = shipped_reference() if case == "shipped" else reference(case)
@@ -77,26 +106,94 @@ def test_logits_equal_transformers(family, index):
     theirs = families.random_model(raw, 100 + index)
     tensors = {k: v.detach().numpy() for k, v in theirs.state_dict().items()}
     ours = transformer.from_hf(Config.from_hf(raw), tensors)
-    tokens = torch.randint(3, raw["vocab_size"], (1, 30))
+    lengths, number = (3, 11, 20), 9  # shorter and longer than the windows
+    tokens = torch.randint(3, raw["vocab_size"], (3, 30))
     with torch.no_grad():
-        expected = theirs(tokens).logits[0].numpy()
-    tokens = tokens[0].numpy()
-    full = ours.logits(ours(jnp.asarray(tokens)[None])[0])
+        expected = theirs(tokens).logits.numpy()
+    rows = tokens.numpy()
+    full = ours.logits(ours(jnp.asarray(rows)))
     np.testing.assert_allclose(full, expected, atol=TOLERANCE)
-    np.testing.assert_allclose(cached_logits(ours, tokens, 7), expected[7:], atol=TOLERANCE)
+    found = ragged_logits(ours, rows, lengths, number)
+    for row, length in enumerate(lengths):
+        wanted = expected[row, length : length + number]
+        np.testing.assert_allclose(found[row], wanted, atol=TOLERANCE)
     assert transformer.to_hf(ours).keys() <= tensors.keys()
     for name, tensor in transformer.to_hf(ours).items():
         np.testing.assert_allclose(tensor, tensors[name], atol=1e-6)
 
-    # all but greedy: what is written is what the full pass finds most likely
+    # what is written in one loop has the probability that a full pass gives it
     never = np.zeros(raw["vocab_size"], bool)
-    lm = LanguageModel(ours, None, never, temperature=1e-4, step_tokens=9, max_tokens=9)
-    for length in (5, 12):  # shorter and longer than the windows
-        written = lm.next_step(lm.start(tokens[:length])).sample(jax.random.key(0)).written
-        text = np.concatenate([tokens[:length], np.asarray(written.tokens[: written.length])])
+    lm = LanguageModel(ours, None, never, step_tokens=number, max_tokens=number)
+    prompts = [rows[row, :length] for row, length in enumerate(lengths)]
+    starts = jax.tree.map(lambda *x: jnp.stack(x), *[lm.start(prompt) for prompt in prompts])
+    keys = jax.random.split(jax.random.key(0), len(prompts))
+    written = jax.vmap(lambda key, state: lm.next_step(state).sample(key))(keys, starts).written
+    for row, prompt in enumerate(prompts):
+        mine = np.asarray(written.tokens[row, : written.length[row]])
+        text = torch.as_tensor(np.concatenate([prompt, mine]))
         with torch.no_grad():
-            likely = theirs(torch.as_tensor(text)[None]).logits[0].argmax(-1).numpy()
-        np.testing.assert_array_equal(text[length:], likely[length - 1 : -1])
+            told = theirs(text[None]).logits[0].log_softmax(-1).numpy()
+        exact = told[np.arange(len(prompt) - 1, len(text) - 1), mine].sum()
+        np.testing.assert_allclose(written.log_prob[row], exact, atol=len(mine) * TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(family):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    raw = families.configuration(family, 2)
+    theirs = families.random_model(raw, 7).to(torch.bfloat16)
+    tensors = {k: v.detach().float().numpy() for k, v in theirs.state_dict().items()}
+    ours = transformer.from_hf(Config.from_hf(raw), tensors, dtype=jnp.bfloat16)
+    assert {x.dtype.name for x in ours.stacked().values()} == {"bfloat16", "float32"}
+    tokens = torch.randint(3, raw["vocab_size"], (8, 30))
+    with torch.no_grad():
+        rounded = theirs(tokens).logits.float().numpy()
+        exact = theirs.float()(tokens).logits.numpy()
+    error = lambda x, at=slice(None): float(np.sqrt(np.mean((x - exact[:, at]) ** 2)))
+    full = ours.logits(ours(jnp.asarray(tokens.numpy())))
+    assert full.dtype == jnp.float32
+    found = ragged_logits(ours, tokens.numpy(), (9,) * 8, 9)
+    assert error(rounded) > 1e-3  # there is rounding to be seen
+    assert error(np.asarray(full)) < 1.2 * error(rounded)
+    assert error(found, slice(9, 18)) < 1.2 * error(rounded[:, 9:18], slice(9, 18))
+
+
+@pytest.mark.multidevice
+def test_a_network_over_several_devices_gives_the_same_logits_and_texts():
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    config = Config("Llama", 64, 32, 3, 8, 8, 4, 64, tied=False, end_tokens=(1,))
+    tensors = transformer.to_hf(Transformer(config, rngs=nnx.Rngs(0)))
+    mesh = jax.make_mesh((8,), ("model",))
+    never, options = np.zeros(64, bool), {"step_tokens": 6, "max_tokens": 12}
+    texts, logits = [], []
+    for sharding in (None, transformer.tensor_parallel(mesh)):
+        model = transformer.from_hf(config, tensors, sharding=sharding)
+        lm = LanguageModel(model, None, never, **options)
+        logits.append(lm.logits(np.arange(20)))
+        lm = lm.given(np.arange(7))
+        states = jax.tree.map(lambda x: jnp.stack([x] * 5), lm.start())
+        step = jax.jit(
+            lambda lm, s: jax.vmap(lambda s: lm.next_step(s).sample(jax.random.key(0)))(s)
+        )
+        texts.append(step(lm, step(lm, states)).written)
+    assert len(model.layers.q[...].sharding.device_set) == 8
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
+    np.testing.assert_array_equal(texts[0].tokens, texts[1].tokens)
+    np.testing.assert_allclose(texts[0].log_prob, texts[1].log_prob, atol=1e-4)
+
+
+def test_a_folder_is_read_in_bfloat16():
+    lm = LanguageModel.from_pretrained(shipped("reasoner"), dtype="bfloat16")
+    full = LanguageModel.from_pretrained(shipped("reasoner"))
+    assert lm.model.embedding[...].dtype == lm.start([5]).written.cache.keys.dtype == jnp.bfloat16
+    wanted, found = full.logits(np.arange(30)), lm.logits(np.arange(30))
+    assert 0 < np.sqrt(np.mean((wanted - found) ** 2)) < 0.02 * np.std(wanted)
+    state = lm.next_step(lm.start(np.arange(5, 20))).sample(jax.random.key(0))
+    assert state.written.cache.keys.dtype == jnp.bfloat16 and np.isfinite(state.written.log_prob)
+    with pytest.raises(ValueError, match='dtype must be "float32" or "bfloat16", got \'int8\''):
+        LanguageModel.from_pretrained(shipped("reasoner"), dtype="int8")
 
 
 def test_a_written_folder_reads_back(tmp_path):

@@ -1,0 +1,74 @@
+"""The methods that have a target keep it: evidence and law by enumeration of a tiny model."""
+
+import jax
+import numpy as np
+import pytest
+
+from smcscale import SMC
+from smcscale.kernels.annealing import FromEntropy, FromProgress
+from smcscale.models.reasoning import methods
+from smcscale.models.reasoning.program import read_prompt
+from support.montecarlo import assert_mean
+from support.reasoning import tiny
+
+STEPS, RUNS = 3, 3000
+LM, PRM = tiny.language_model(), tiny.reward_model()
+TEXTS = tiny.texts(LM, STEPS)
+PROBABILITY = np.exp([tiny.log_probability(LM, tokens) for tokens, _ in TEXTS])
+SCORE = np.array([float(np.asarray(tiny.scores(PRM, t, e))[-1]) for t, e in TEXTS])
+
+PROPER = {
+    "best of n": methods.best_of_n(),
+    "filter": methods.particle_filter(),
+    "entropic": methods.entropic_filter(2 * STEPS),
+    "entropic, entropy": methods.entropic_filter(2 * STEPS, FromEntropy()),
+    "entropic, progress": methods.entropic_filter(2 * STEPS, FromProgress()),
+    "look-ahead": methods.look_ahead(3),
+    "steering": methods.steering(3, 2),
+}
+
+
+def run(method, num_runs):
+    smc = SMC(
+        method.filter, num_particles=6, num_runs=num_runs, num_islands=method.num_islands,
+        progress_bar=False,
+    )  # fmt: skip
+    prompt = read_prompt(LM, PRM, tiny.PROMPT)
+    smc.run(jax.random.key(5), LM, PRM, prompt, max_steps=STEPS, **method.options)
+    return smc
+
+
+@pytest.mark.statistical
+@pytest.mark.long
+@pytest.mark.parametrize("name", PROPER)
+def test_evidence_and_law_are_exact(name):
+    smc = run(PROPER[name], RUNS)
+    evidence = np.exp(np.asarray(smc.log_evidence, np.float64))
+    assert_mean(evidence / (PROBABILITY @ SCORE), 1.0, family=2 * len(PROPER), smallest_bias=0.03)
+    # mass of the texts of one step, which every method meets at another row
+    short = np.array([len(ends) == 1 for _, ends in TEXTS])
+    samples, log_weights = smc.get_samples(weighted=True)
+    weights = np.exp(np.asarray(log_weights, np.float64)).reshape(RUNS, -1)
+    begins = np.asarray(samples["step"].written.length).reshape(RUNS, -1)
+    one_step = {len(t) for (t, _), s in zip(TEXTS, short, strict=True) if s}
+    chosen = np.isin(begins, list(one_step))
+    longer = np.array([len(t) in one_step for t, _ in TEXTS])
+    share = evidence * (weights * chosen).sum(1) / weights.sum(1)
+    expected = PROBABILITY[longer] @ SCORE[longer]
+    assert_mean(share / expected, 1.0, family=2 * len(PROPER), smallest_bias=0.1)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        methods.published_entropic_filter(STEPS),
+        methods.beam_search(2),
+        methods.diverse_trees(2),
+        methods.balanced_search(),
+    ],
+    ids=["entropic as published", "beam", "trees", "balanced"],
+)
+def test_searches_have_no_evidence(method):
+    smc = run(method, 2)
+    with pytest.raises(ValueError, match="target"):
+        smc.log_evidence  # noqa: B018
