@@ -27,13 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-try:
-    import openai
-except ImportError as error:  # pragma: no cover
-    raise ImportError(
-        "smcscale: remote models need the openai client.\n  try: pip install 'smcscale[remote]'."
-    ) from error
-
 from smcscale.engine.host import wait_for
 
 #: seconds of the first pause, and of the longest
@@ -121,9 +114,9 @@ class Server:
         self._client = self._connected()
         self._gate: asyncio.Semaphore | None = None
 
-    def _connected(self) -> openai.AsyncOpenAI:
+    def _connected(self) -> Any:
         # retries are counted in `ask`, for every kind of failure alike
-        return openai.AsyncOpenAI(
+        return _openai().AsyncOpenAI(
             base_url=self.base_url,
             api_key=self.api_key or "none",
             timeout=self.timeout,
@@ -146,6 +139,7 @@ class Server:
         Raises:
             RemoteError: see the module docstring.
         """
+        openai = _openai()
         body = {"model": self.model, **body}
         request = hashlib.sha256(json.dumps([path, body], sort_keys=True).encode()).hexdigest()
         journal = self.journal
@@ -201,7 +195,19 @@ class Server:
         return path if "://" in path else f"{self.base_url.rstrip('/')}/{path}"
 
 
-def _retry_after(error: openai.APIStatusError) -> float | None:
+def _openai() -> Any:
+    """The client library, an optional part of the installation."""
+    try:
+        import openai
+    except ImportError as error:
+        raise ImportError(
+            "smcscale: remote models need the openai client.\n"
+            "  try: pip install 'smcscale[remote]'."
+        ) from error
+    return openai
+
+
+def _retry_after(error: Any) -> float | None:
     """Seconds that the server asks to wait, at most the longest pause."""
     try:
         return min(float(error.response.headers["retry-after"]), _LONGEST_PAUSE)

@@ -178,6 +178,34 @@ MUTATIONS = [
         "chunk",
         "tests/engine/test_laws.py -k beginning_of_a_longer",
     ),
+    Mutation(
+        "what a host model weighs forgotten",
+        "smcscale/engine/host.py",
+        "by_run(log_weights), sums)",
+        "0 * by_run(log_weights), sums)",
+        "tests/engine/test_host.py -k evidence",
+    ),
+    Mutation(
+        "a server's stop string taken for the end of the text",
+        "models/reasoning/remote.py",
+        'if reason == "stop" and met == self.delimiter:',
+        "if False:",
+        "tests/models/reasoning/test_remote.py -k 'law and True-True'",
+    ),
+    Mutation(
+        "allowed tokens drawn without their weight",
+        "models/reasoning/constraints.py",
+        'numpyro.factor("constraint", after.log_weight)',
+        'numpyro.factor("constraint", jnp.maximum(after.log_weight, 0.0))',
+        "tests/models/reasoning/test_constraints.py -k evidence_and_law",
+    ),
+    Mutation(
+        "the temperature of a potential ignored",
+        "models/reasoning/potentials.py",
+        "return self.weigh(previous, score) / self.temperature",
+        "return self.weigh(previous, score)",
+        "tests/models/reasoning/test_potentials.py -k multiply",
+    ),
 ]
 
 

@@ -10,6 +10,7 @@ from smcscale import SMC, ParticleFilter
 from smcscale.kernels import resampling
 from smcscale.kernels.triggers import always
 from smcscale.models.reasoning import program
+from smcscale.models.reasoning.language_model import LanguageModel
 from smcscale.models.reasoning.program import reason
 from support.montecarlo import assert_mean
 from support.reasoning import tiny
@@ -134,3 +135,24 @@ def test_bad_options_are_refused():
         reason(LM, PRM, tiny.PROMPT, max_steps=2, unfinished="absorb")
     with pytest.raises(ValueError, match="at least 1"):
         reason(LM, PRM, tiny.PROMPT, max_steps=0)
+
+
+@pytest.mark.statistical
+def test_texts_drawn_at_another_temperature_are_weighed_back():
+    def heated(prior):
+        return LanguageModel(
+            tiny.backbone(), None, np.asarray(LM.ends_step), temperature=1.6, prior=prior,
+            step_tokens=LM.step_tokens, max_tokens=LM.max_tokens,
+        )  # fmt: skip
+
+    hot = heated("model")
+    smc = SMC(ParticleFilter(reason), num_particles=16, num_runs=RUNS, progress_bar=False)
+    prompt = program.read_prompt(hot, PRM, tiny.PROMPT)
+    smc.run(jax.random.key(4), hot, PRM, prompt, max_steps=STEPS)
+    evidence = np.exp(np.asarray(smc.log_evidence, np.float64))
+    exact = PROBABILITY @ np.array([scores[-1] for scores in SCORES])
+    assert_mean(evidence / exact, 1.0, family=1, smallest_bias=0.03)
+    # without the correction it would be another number
+    smc.run(jax.random.key(4), heated("proposal"), PRM, prompt, max_steps=STEPS)
+    other = np.mean(np.exp(np.asarray(smc.log_evidence, np.float64)))
+    assert abs(other / exact - 1) > 0.03

@@ -11,7 +11,7 @@ import pytest
 from smcscale import SMC, ParticleFilter
 from smcscale.engine.host import wait_for
 from smcscale.kernels.triggers import always, never
-from smcscale.models.reasoning import remote, server
+from smcscale.models.reasoning import remote, remote_program, server
 from smcscale.models.reasoning.potentials import odds
 from smcscale.models.reasoning.server import RemoteError, Server
 from support.montecarlo import assert_mean
@@ -61,7 +61,7 @@ def run(
     """A finished run; `options` go to `remote_reason`."""
     place = Server(url, "fake", timeout=1.0, max_retries=4, journal=journal)
     lm = remote.connect(place, delimiter=";", step_tokens=STEP_TOKENS, prompt=PROMPT)
-    program = remote.remote_reason(lm, scores, PROMPT, max_steps=STEPS, **options)
+    program = remote_program.remote_reason(lm, scores, PROMPT, max_steps=STEPS, **options)
     smc = SMC(
         ParticleFilter(program, trigger=trigger, store="last"),
         num_particles=num_particles, num_runs=num_runs, progress_bar=False,
@@ -72,7 +72,7 @@ def run(
 
 def same(one, other):
     assert np.array_equal(one.log_evidence, other.log_evidence)
-    assert remote.texts_of(one) == remote.texts_of(other)
+    assert remote_program.texts_of(one) == remote_program.texts_of(other)
 
 
 def test_the_texts_are_all_there():
@@ -106,7 +106,9 @@ def test_evidence_and_law_are_exact(several, names_stop):
 def test_another_potential_weighs_by_it():
     with serving(FakeServer()) as url:
         smc = run(url, num_particles=1, num_runs=6, potential=odds, finished="absorb")
-    for text, evidence in zip(remote.texts_of(smc), np.asarray(smc.log_evidence), strict=True):
+    for text, evidence in zip(
+        remote_program.texts_of(smc), np.asarray(smc.log_evidence), strict=True
+    ):
         prefixes = next(p for t, (_, p) in TEXTS.items() if t.rstrip("!") == text)
         scores = np.array([fake_server.score(p) for p in prefixes])
         assert evidence == pytest.approx(np.log(scores / (1 - scores)).sum(), abs=1e-5)
@@ -202,7 +204,7 @@ def test_finished_texts_are_left_alone():
     with serving(fake) as url:
         smc = run(url, num_particles=8, trigger=never)
     steps = {t.rstrip("!"): len(prefixes) for t, (_, prefixes) in TEXTS.items()}
-    made = sum(steps[text] for text in remote.texts_of(smc))
+    made = sum(steps[text] for text in remote_program.texts_of(smc))
     assert made == len(fake.requests) - 2 < 3 * 8 * STEPS  # two were the trial requests
 
 
