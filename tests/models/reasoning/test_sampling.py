@@ -334,7 +334,7 @@ def test_the_two_likeliest_of_three_tokens_give_the_smaller_mass_and_a_floor_all
         p = scipy.special.softmax(np.asarray(lm.logits(tiny.PROMPT[:1]), np.float64)[-1])
         kept = p >= np.sort(p)[-2] if name == "cut" else np.ones(3, bool)
         masses[name] = float((p * kept) @ np.asarray(reward, np.float64))
-        smc = SMC(ParticleFilter(write_one), num_particles=16, num_runs=2000, progress_bar=False)
+        smc = SMC(ParticleFilter(write_one), num_particles=16, num_runs=4000, progress_bar=False)
         smc.run(jax.random.key(1), lm)
         found = np.exp(np.asarray(smc.log_evidence, np.float64))
         assert_mean(found / masses[name], 1.0, family=2, smallest_bias=0.02)
