@@ -79,6 +79,8 @@ float64: $(STAMPS)/dev  ## the exact tests again in float64
 devices: $(STAMPS)/dev  ## the laws of the engine again, and tests of several devices, on 8 host devices
 	XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8" $(PYTEST) -n 2 \
 	  -m "multidevice or ($(PLAIN) and not statistical and not compile)" tests/engine
+	XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8" $(PYTEST) -n 2 \
+	  -m multidevice tests/models
 
 fuzz: $(STAMPS)/dev  ## property tests with many more examples
 	$(PYTEST) -n 2 -m hypothesis --hypothesis-profile=fuzz

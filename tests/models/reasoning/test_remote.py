@@ -81,7 +81,13 @@ def test_the_texts_are_all_there():
 
 @pytest.mark.statistical
 @pytest.mark.parametrize(
-    ("several", "names_stop"), [(True, True), (False, True), (True, False), (False, False)]
+    ("several", "names_stop"),
+    [
+        (True, True),
+        (False, False),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
 )
 def test_evidence_and_law_are_exact(several, names_stop):
     exact = sum(p * fake_server.score(prefixes[-1]) for p, prefixes in TEXTS.values())

@@ -46,7 +46,7 @@ METHODS = [
 ]
 
 
-@pytest.mark.long
+@pytest.mark.slow  # each compiles a filter of its own
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m.filter.resampling).__name__)
 def test_every_method_solves(method):
     found = solve(QUESTIONS[0], num_particles=4, method=method, key=jax.random.key(2))
