@@ -16,6 +16,8 @@ from smcscale.noise import split_noise
 
 #: elements of noise drawn at once: enough to share the cost of a draw among steps
 _CHUNK_ELEMENTS = 3 << 18
+#: beyond this many in one step the cost is nothing, and more than two steps leave the cache
+_LARGE_STEP = 1 << 16
 _CHUNK_STEPS = 128
 #: and no more than this over all runs, for memory's sake
 _CHUNK_TOTAL = 1 << 22
@@ -209,7 +211,7 @@ def _chunk(elements: int, num_runs: int, num_steps: int) -> int:
     """
     if elements == 0:
         return 1
-    best = min(_CHUNK_STEPS, round(_CHUNK_ELEMENTS / elements))
+    best = 2 if elements > _LARGE_STEP else min(_CHUNK_STEPS, round(_CHUNK_ELEMENTS / elements))
     return min(num_steps, max(2, min(best, _CHUNK_TOTAL // (elements * num_runs))))
 
 
