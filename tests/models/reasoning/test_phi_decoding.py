@@ -155,6 +155,7 @@ def test_small_budgets_and_batches_are_refused():
         phi_decoding(jax.random.key(0), problem, budget=Budget(tokens=300))
 
 
+@pytest.mark.slow
 def test_the_shipped_model_writes_whole_solutions():
     story = tasks.problems(seed=11, count=4)[3]
     problem = foreseeing(shipped_language_model(), story.question + "\n", batch=4)

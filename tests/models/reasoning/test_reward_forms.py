@@ -135,6 +135,7 @@ def share_of_digits(state):
     return jnp.sum(digits) / state.written.length
 
 
+@pytest.mark.slow
 def test_a_prefix_has_the_same_score_alone_and_inside_a_longer_text(tmp_path):
     lm = language_model()
     for name, prm in every_reward(tmp_path):

@@ -315,6 +315,7 @@ def test_evidence_is_that_of_the_prior(options, prior, runs):
 
 
 @pytest.mark.statistical
+@pytest.mark.slow
 def test_the_two_likeliest_of_three_tokens_give_the_smaller_mass_and_a_floor_all_of_it():
     """One step of one token; the reward is a function of the token."""
     reward = jnp.asarray([0.9, 0.3, 0.6])
