@@ -68,10 +68,9 @@ def to_arviz(result: Result) -> Any:
     if any("time" in dims for dims, _ in posterior.values()):
         steps = np.arange(result.num_steps)
         groups = {name: group.assign_coords(time=steps) for name, group in groups.items()}
-    if hasattr(arviz, "InferenceData"):  # before ArviZ 1
-        return arviz.InferenceData(
-            posterior=groups["posterior"], sample_stats=groups["sample_stats"]
-        )
+    before_version_1: Any = getattr(arviz, "InferenceData", None)
+    if before_version_1 is not None:
+        return before_version_1(**groups)
     return xarray.DataTree.from_dict(groups)
 
 
