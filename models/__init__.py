@@ -1,1 +1,1 @@
-"""Programs worth shipping: state space, reasoning."""
+"""Programs worth shipping: state space, reasoning, diffusion."""

@@ -222,7 +222,7 @@ def _room(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 def save(path: str | Path, tensors: Mapping[str, Any], dtype: Any = ml_dtypes.bfloat16) -> None:
     """Write `{name: array}` to one safetensors file; floating arrays are stored as `dtype`."""
     stored = {
-        name: np.ascontiguousarray(_as_float(np.asarray(tensor), dtype))
+        name: np.require(_as_float(np.asarray(tensor), dtype), requirements="C")
         for name, tensor in tensors.items()
     }
     save_file(stored, str(path), metadata={"format": "pt"})

@@ -16,8 +16,10 @@ _OVERVIEW = """smcscale: Sequential Monte Carlo in JAX
   python -m smcscale solve "question"
       solve a word problem with particles that a reward model judges; for your own models
       --model FOLDER --reward FOLDER (without --reward the texts vote)
+  python -m smcscale bench reasoning problems.jsonl --methods particle_filter,best_of_n
+      accuracy of methods against budget on a file of problems; goes on where it was stopped
   python -m smcscale demo
-      both of these on shipped data, with pictures in demo/
+      filter and solve on shipped data, with pictures in demo/
 
 Add --help to a command for its options. As a library: from smcscale import SMC, ParticleFilter"""
 
@@ -45,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _filter(options)
         elif options.command == "solve":
             _solve(options)
+        elif options.command == "bench":
+            _bench(options)
         else:
             _demo(options)
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
@@ -80,6 +84,29 @@ def _solve(options: argparse.Namespace) -> None:
     )
 
 
+def _bench(options: argparse.Namespace) -> None:
+    from smcscale.models import bench_command
+
+    if options.generate:
+        bench_command.generate_problems(options.problems, options.generate, seed=options.seeds[0])
+        return
+    bench_command.bench_reasoning(
+        options.problems,
+        methods=options.methods,
+        budgets=options.budgets,
+        seeds=options.seeds,
+        lm=options.lm,
+        prm=options.prm,
+        out=options.out,
+        picture=options.plot,
+        max_steps=options.max_steps,
+        instruction=options.instruction,
+        **{
+            name: getattr(options, name) for name in _OF_MODEL if getattr(options, name) is not None
+        },
+    )
+
+
 def _demo(options: argparse.Namespace) -> None:
     from smcscale.models import demo
 
@@ -112,7 +139,86 @@ def _parser() -> argparse.ArgumentParser:
 
     three = commands.add_parser("demo", help="both on shipped data")
     three.add_argument("--folder", default="demo", help="where the pictures go (%(default)s)")
+
+    four = commands.add_parser("bench", help="compare methods on many problems")
+    beds = four.add_subparsers(dest="bed", required=True, metavar="reasoning")
+    _add_reasoning(beds.add_parser("reasoning", help="a file of problems with answers"))
     return parser
+
+
+#: options of the language model
+_OF_MODEL = ("temperature", "step_tokens", "max_tokens", "delimiter", "dtype")
+
+
+def _add_reasoning(five: argparse.ArgumentParser) -> None:
+    """The options of `bench reasoning`."""
+    five.add_argument("problems", help="JSON lines with a problem (or question) and an answer")
+    five.add_argument(
+        "--generate",
+        type=_count,
+        metavar="COUNT",
+        help="write so many held-out problems of the shipped task to the file, and run nothing",
+    )
+    five.add_argument(
+        "--methods",
+        type=_names,
+        default=["particle_filter", "best_of_n", "self_consistency", "beam_search"],
+        help="names with commas between; the others are compared with the first one",
+    )
+    five.add_argument(
+        "--budgets", type=_counts, default=[1, 4, 16], help="numbers of texts (1,4,16)"
+    )
+    five.add_argument("--seeds", type=_seeds, default=[0], help="of the random numbers (0)")
+    five.add_argument("--lm", metavar="FOLDER", help="a Hugging Face layout; default: shipped")
+    five.add_argument(
+        "--prm",
+        metavar="FOLDER",
+        help="a process reward model with the same tokenizer; self_consistency needs none",
+    )
+    five.add_argument("--out", help="of the rows; by default FILE_results.jsonl in this folder")
+    five.add_argument(
+        "--plot", metavar="PNG", help="where a picture goes; by default none is drawn"
+    )
+    five.add_argument("--max-steps", type=_count, default=12, help="of a text (%(default)s)")
+    five.add_argument("--step-tokens", type=_count, help="of a step at most; default: the model's")
+    five.add_argument("--max-tokens", type=_count, help="of a text at most; default: the model's")
+    five.add_argument("--temperature", type=float, help="of the tokens; default: the model's")
+    five.add_argument("--delimiter", type=_escaped, help=r"what ends a step, such as '\n\n' ('\n')")
+    five.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (float32)")
+    five.add_argument("--instruction", help="added to each question, such as how to answer")
+
+
+def _names(text: str) -> list[str]:
+    """Words with commas between, none twice."""
+    found = [word.strip() for word in text.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(
+            f"must be different names with commas between, got {text!r}"
+        )
+    return found
+
+
+def _counts(text: str) -> list[int]:
+    """Positive whole numbers with commas between, none twice."""
+    return [_count(word) for word in _names(text)]
+
+
+def _seeds(text: str) -> list[int]:
+    """Whole numbers with commas between, none twice."""
+    try:
+        found = [int(word) for word in _names(text)]
+    except ValueError:
+        found = [-1]
+    if min(found) < 0:
+        raise argparse.ArgumentTypeError(
+            f"must be whole numbers from 0 on with commas between, got {text!r}"
+        )
+    return found
+
+
+def _escaped(text: str) -> str:
+    """A text in which two signs stand for a newline."""
+    return text.replace("\\n", "\n")
 
 
 def _count(text: str) -> int:

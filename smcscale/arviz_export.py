@@ -68,7 +68,7 @@ def to_arviz(result: Result) -> Any:
     if any("time" in dims for dims, _ in posterior.values()):
         steps = np.arange(result.num_steps)
         groups = {name: group.assign_coords(time=steps) for name, group in groups.items()}
-    before_version_1: Any = getattr(arviz, "InferenceData", None)
+    before_version_1: Any = vars(arviz).get("InferenceData")
     if before_version_1 is not None:
         return before_version_1(**groups)
     return xarray.DataTree.from_dict(groups)

@@ -165,7 +165,16 @@ def test_the_project_imports_submodules_not_the_front_door():
 
 
 def test_heavy_extras_are_imported_inside_functions():
-    extras = {"arviz", "arch", "statsmodels", "matplotlib", "openai", "torch", "transformers"}
+    extras = {
+        "arviz",
+        "arch",
+        "statsmodels",
+        "matplotlib",
+        "openai",
+        "torch",
+        "transformers",
+        "sklearn",
+    }
     wrong = [i for i in IMPORTS if i.target.split(".")[0] in extras and not i.inside]
     report(wrong, "packages of an extra are imported where they are used")
 

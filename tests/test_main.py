@@ -1,5 +1,7 @@
 """The command line: what it prints, what it refuses."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ def returns(tmp_path):
     lines = ["date,return,comment"]
     start = np.datetime64("2020-01-01")
     for i, value in enumerate(rng.normal(size=60)):
-        lines.append(f"{start + i},{value:.4f},{'calm' if i % 2 else 'wild'}")
+        lines.append(f"{start + np.timedelta64(i, 'D')},{value:.4f},{'calm' if i % 2 else 'wild'}")
     path = tmp_path / "returns.csv"
     path.write_text("\n".join(lines))
     return path
@@ -23,7 +25,7 @@ def returns(tmp_path):
 def test_the_overview_names_the_commands(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out
-    for command in ("filter", "solve", "demo"):
+    for command in ("filter", "solve", "bench reasoning", "demo"):
         assert f"python -m smcscale {command}" in text
 
 
@@ -48,6 +50,13 @@ def refused(capsys, *arguments):
         (["solve", "How many apples?"], "a number and a question are needed"),
         (["solve", "How many 3?", "--model", "/nowhere"], "/nowhere"),
         (["solve", "How many 3?", "--reward", "/nowhere"], "add --model FOLDER"),
+        (["bench"], "required: reasoning"),
+        (["bench", "reasoning"], "required: problems"),
+        (["bench", "reasoning", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["bench", "reasoning", "x", "--budgets", "1,0"], "positive whole number, got '0'"),
+        (["bench", "reasoning", "x", "--seeds", "1,b"], "whole numbers from 0 on"),
+        (["bench", "reasoning", "x", "--methods", "a,a"], "different names with commas"),
+        (["bench", "reasoning", "/nowhere/x", "--generate", "3"], "/nowhere/x"),
     ],
 )
 def test_wrong_input_is_one_line_and_code_2(arguments, found, capsys):
@@ -117,3 +126,59 @@ def test_filter_skips_missing_cells(tmp_path, capsys):
     picture = tmp_path / "out.png"
     assert main(["filter", str(path), "--particles", "50", "--picture", str(picture)]) == 0
     assert picture.exists()
+
+
+@pytest.fixture
+def problems(tmp_path, capsys):
+    """A file of three problems, made by the command."""
+    path = tmp_path / "problems.jsonl"
+    assert main(["bench", "reasoning", "--generate", "3", str(path)]) == 0
+    assert f"python -m smcscale bench reasoning {path}" in capsys.readouterr().out
+    assert path.read_text().count("\n") == 3
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--methods", "magic"], "try some of particle_filter, best_of_n"),
+        (["--prm", "/nowhere"], "add --lm FOLDER"),
+        (["--lm", "/nowhere"], '"particle_filter" needs a reward model'),
+        (["--lm", "/nowhere", "--prm", "/nowhere"], "/nowhere is not a folder of a model"),
+        (["--plot", "/nowhere/a.png"], "the folder of /nowhere/a.png does not exist"),
+        (["--temperature", "-1"], "temperature"),
+        (["--step-tokens", "500"], "step_tokens"),
+        (["--generate", "3"], "is there already"),
+    ],
+)
+def test_wrong_options_of_a_bench_are_one_line(arguments, found, problems, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    line = refused(capsys, "bench", "reasoning", problems, "--out", out, *arguments)
+    assert found in line and not out.exists()
+
+
+def test_answers_that_nothing_can_grade_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"problem": "What is half of pi?", "answer": "\\\\frac{\\\\pi}{2}"}\n')
+    assert "pip install 'math-verify" in refused(capsys, "bench", "reasoning", path)
+
+
+@pytest.mark.long
+def test_a_bench_writes_rows_tables_and_a_picture_and_goes_on(problems, tmp_path, capsys):
+    out, picture = tmp_path / "out.jsonl", tmp_path / "out.png"
+    arguments = ["bench", "reasoning", problems, "--out", out, "--plot", picture]
+    arguments = [str(a) for a in [*arguments, "--methods", "best_of_n,self_consistency"]]
+    arguments += ["--budgets", "2"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "accuracy against budget, 3 problems" in text and f"rows: {out}" in text
+    assert "accuracy less that of best_of_n" in text
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    whole = out.read_bytes()
+    assert whole.count(b"\n") == 7
+    out.write_bytes(whole[:-20])  # killed while it wrote
+    assert main(arguments) == 0
+    assert out.read_bytes().count(b"\n") == 7
+    capsys.readouterr()
+    assert "max_steps was 12 and is 13" in refused(capsys, *arguments, "--max-steps", "13")

@@ -20,7 +20,8 @@
 | `constraints`, `automaton`, `regex`, `schema`, `awrs` | texts that obey a pattern, a token a step |
 | `remote` | models behind an OpenAI-compatible server |
 | `tree_search`, `phi_decoding` | searches with a tree of their own |
-| `scaling` | accuracy against budget: laws, cost, plans |
+| `scaling`, `budget` | accuracy against budget: laws; cost, plans, what a run spent |
+| `bench`, `report` | many problems and methods in one file; accuracy with intervals, tests, picture |
 | `sampling`, `chat` | the law of a token; chat templates |
 
 Problems and grader are in `tasks.py`; `python -m smcscale.models.reasoning.train` remakes the

@@ -1,4 +1,4 @@
-"""Accuracy against budget: what more samples buy, what they cost, and how to spend them.
+"""Accuracy against budget: laws of what more samples buy.
 
 | name | what it is |
 |---|---|
@@ -7,26 +7,21 @@
 | `fit_beta` | beta-binomial law of the problems' difficulty, coverage at any k |
 | `fit_saturation` | `ceiling - gap N^-rate` through the accuracy of any method |
 | `verified_accuracy` | best-of-N by a verifier that errs, and its limit |
-| `num_parameters`, `token_step`, `decode_cost` | FLOPs and bytes of a decoder |
-| `plan` | method and number of particles for a budget, from a pilot run |
-| `allocate` | particles for each problem, given its evidence and the entropy of its answers |
 
-The laws of coverage need independent samples: copies that resampling made are dependent.
+The laws of coverage need independent samples: copies that resampling made are dependent.  What
+samples cost, and how to spend a budget: `budget.py`.
 
 Source: Chen et al. 2021 (arXiv 2107.03374) for pass@k; Brown et al. 2024, "Large Language Monkeys"
 (arXiv 2407.21787), and Schaeffer et al. 2025 (arXiv 2502.17578) for the laws; Stroebl et al. 2024
 (arXiv 2411.17501) for verifiers that err.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import least_squares, minimize
 from scipy.special import betaln, digamma, gammaln, polygamma
-
-from smcscale.models.reasoning.architecture import Config
 
 
 class Estimate(NamedTuple):
@@ -221,180 +216,3 @@ def verified_accuracy(
         if_some = np.where(accepted > 0, p * t / accepted, 0.0)
         if_none = np.where(accepted < 1, p * (1 - t) / (1 - accepted), 0.0) * (not abstain)
     return np.asarray((1 - none) * if_some + none * if_none)
-
-
-class Cost(NamedTuple):
-    """What decoding takes.
-
-    Attributes:
-        flops: multiplications and additions of the matrix products and of attention.
-        weight_bytes: read: every parameter once a token-step, whatever the number of particles.
-        kv_bytes: read: keys and values, those of a shared prompt once for all particles.
-    """
-
-    flops: Any
-    weight_bytes: Any
-    kv_bytes: Any
-
-    def seconds(self, flops_per_second: float, bytes_per_second: float) -> Any:
-        """The roofline: no machine of this speed and bandwidth is faster."""
-        moved = self.weight_bytes + self.kv_bytes
-        return np.maximum(self.flops / flops_per_second, moved / bytes_per_second)
-
-
-def num_parameters(config: Config, *, multiplied: bool = False) -> int:
-    """Number of parameters; with `multiplied` only those of products with a token (the head's too)."""
-    c, layout = config, config.layout
-    queries, keys = c.num_heads * c.head_size, c.num_kv_heads * c.head_size
-    matrices = 2 * c.hidden_size * (queries + keys) + 3 * c.hidden_size * c.mlp_size
-    table = c.vocabulary_size * c.hidden_size
-    if multiplied:
-        return c.num_layers * matrices + table
-    norms = (4 if layout.gemma else 2) * c.hidden_size + 2 * c.head_size * layout.head_norms
-    biases = (queries + 2 * keys) * layout.biases
-    tables = table * (1 if c.tied else 2)
-    return c.num_layers * (matrices + norms + biases) + tables + c.hidden_size
-
-
-def token_step(
-    config: Config, length: Any, *,
-    num_particles: int = 1, prompt_length: int = 0, bytes_per_number: float = 4.0,
-) -> Cost:  # fmt: skip
-    """Cost of one token for each of N particles: `2 x parameters + attention` FLOPs a token.
-
-    Args:
-        length: tokens since the prompt, the new one included, `()` or `(...)`.
-        num_particles: N, decoded together.
-        prompt_length: tokens of the prompt, whose keys and values all particles share.
-        bytes_per_number: 4.0 for float32, 2.0 for bfloat16.
-    """
-    c, written = config, np.asarray(length, float)[..., None]
-    windows = np.array(c.windows or (0,) * c.num_layers)
-    window = np.where(windows > 0, windows, np.inf)
-    own = np.minimum(written, window)
-    prompt = np.minimum(prompt_length, window - own)
-    # a score and its share of the values, each a multiplication and an addition for every number
-    attention = 4 * c.num_heads * c.head_size * (own + prompt).sum(-1)
-    flops = num_particles * (2.0 * num_parameters(c, multiplied=True) + attention)
-    read = (num_particles * own + prompt).sum(-1) * 2 * c.num_kv_heads * c.head_size
-    looked_up = 0 if c.tied else c.vocabulary_size * c.hidden_size
-    weights = (num_parameters(c) - looked_up) * bytes_per_number
-    return Cost(flops, np.full_like(flops, weights), read * bytes_per_number)
-
-
-def decode_cost(config: Config, num_tokens: int, **options: Any) -> Cost:
-    """Cost of writing `num_tokens` for each particle, the prompt read; options of `token_step`."""
-    steps = token_step(config, np.arange(1, num_tokens + 1), **options)
-    return Cost(*(float(np.sum(part)) for part in steps))
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A method at a number of particles, tried on P problems.
-
-    Attributes:
-        correct: `(P,)`, share of its runs that were right.
-        cost: by unit ("tokens", "flops", "seconds"), `(P,)` each.
-    """
-
-    method: str
-    num_particles: int
-    correct: Any
-    cost: Mapping[str, Any]
-
-
-class Plan(NamedTuple):
-    """What to run, and how sure that is.
-
-    Attributes:
-        arm: the choice.
-        accuracy: of the choice, less what choosing the best of several flatters it by.
-        lead: over the next best arm within the budget (NaN if there is none), paired by problem.
-        chosen: share of the bootstraps that choose each arm, by its index; the rest found none.
-    """
-
-    arm: Arm
-    accuracy: Estimate
-    lead: Estimate
-    chosen: np.ndarray
-
-
-def plan(
-    arms: Sequence[Arm], budget: Mapping[str, float], *, draws: int = 2000, seed: int = 0
-) -> Plan:
-    """The arm of best accuracy whose mean cost a problem stays within the budget; ties: the cheaper.
-
-    Args:
-        arms: of one pilot, on the same problems in the same order.
-        budget: mean cost a problem by unit; several units must all hold.
-        draws, seed: of the bootstrap over problems.
-    Raises:
-        ValueError: when arms differ in problems or no arm fits.
-    """
-    correct = [np.asarray(arm.correct, float) for arm in arms]
-    costs = [[np.asarray(arm.cost[unit], float) / budget[unit] for unit in budget] for arm in arms]
-    if len({x.shape for x in (*correct, *(x for cost in costs for x in cost))}) != 1:
-        raise ValueError("smcscale: arms of a pilot need the same problems, `(P,)` for each array.")
-    right, spent = np.array(correct), np.array(costs)  # (A, P), (A, units, P)
-    share = np.full(right.shape[1], 1 / right.shape[1])
-    counts = np.random.default_rng(seed).multinomial(len(share), share, size=draws)
-    weights = np.vstack([share, counts / len(share)])  # the pilot itself is first
-    accuracy = weights @ right.T
-    load = np.einsum("bp,aup->bau", weights, spent).max(-1)
-    rank = np.where(load <= 1, accuracy - 1e-9 * load, -np.inf)
-    best = np.where(np.isfinite(rank.max(1)), rank.argmax(1), -1)
-    if best[0] < 0:
-        raise ValueError(f"smcscale: the cheapest arm takes {load[0].min():.3g} times the budget.")
-    drawn, found = np.arange(1, draws + 1)[best[1:] >= 0], best[1:][best[1:] >= 0]
-    flattery = np.mean(accuracy[drawn, found] - accuracy[0, found]) if len(found) else 0.0
-    chosen = accuracy[:, best[0]]
-    others = rank[0].copy()
-    others[best[0]] = -np.inf
-    lead = chosen - accuracy[:, others.argmax()] if np.isfinite(others.max()) else chosen * np.nan
-    return Plan(
-        arms[best[0]],
-        Estimate(float(chosen[0] - flattery), float(chosen[1:].std(ddof=1))),
-        Estimate(float(lead[0]), float(lead[1:].std(ddof=1))),
-        np.bincount(found, minlength=len(arms)) / draws,
-    )
-
-
-def allocate(
-    total: int, log_evidence: Any, entropy: Any, *, spent: Any = 0, least: int = 0
-) -> np.ndarray:
-    """Shares out particles among problems where they are worth most.
-
-    The rule: maximize `sum_i H_i (1 - (1 - Z_i)^(s_i + n_i))` over `sum_i n_i <= total`, the number
-    of problems with a right sample, each counted by how open its answer still is.  `Z_i` is the
-    chance that one sample is right, as the evidence of the `difference` potential estimates it.
-    Easy problems are soon done, agreed ones have no weight, hopeless ones gain too little.
-    Greedy, which is exact because each further particle of a problem gains less.
-
-    Args:
-        total: particles to share out.
-        log_evidence: `(P,)`, nats; values above 0 count as 0.
-        entropy: `(P,)`, of the answers, on any scale common to all.
-        spent: `(P,)` or `()`, particles that a problem has had already.
-        least: particles for every problem, whatever they gain.
-    Returns:
-        n `(P,)` int64; less than `total` altogether when nothing more would be gained.
-    """
-    log_z = np.minimum(np.asarray(log_evidence, float), 0.0)
-    openness = np.broadcast_to(np.asarray(entropy, float), log_z.shape)
-    counts = np.full(log_z.shape, least, np.int64)
-    if counts.sum() > total:
-        raise ValueError(f"smcscale: {least} for each of {len(counts)} problems exceeds {total}.")
-    if not (openness >= 0).all() or np.isnan(log_z).any():
-        raise ValueError(
-            "smcscale: log_evidence and entropy must not be NaN, entropy not negative."
-        )
-    had = np.broadcast_to(np.asarray(spent), log_z.shape)
-    with np.errstate(divide="ignore"):
-        log_miss = np.maximum(np.log(-np.expm1(log_z)), -1e6)
-        first = np.log(openness) + log_z
-    for _ in range(total - int(counts.sum())):
-        gain = first + (had + counts) * log_miss
-        if not gain.max(initial=-np.inf) > -700:  # nothing that a float could add
-            break
-        counts[gain.argmax()] += 1
-    return counts

@@ -1,0 +1,280 @@
+"""Feynman-Kac steering: log potentials that turn a model's `p(x_0)` into `p(x_0) exp(lambda r(x_0))`.
+
+At every scored step a reward `r` is read off the predicted data; a *rule* turns the rewards seen so far
+into a log potential. Whatever was weighed on the way, the last step weighs by what is left:
+
+    log G_last = lambda r(x_0) - log P,        P the product of all potentials before it,
+
+so that for every rule, tempering and choice of steps the target is exactly `p(x_0) exp(lambda r(x_0))`,
+and the evidence estimates `E_p[exp(lambda r(x_0))]`, p being the law of the sampler as it is run.
+
+| rule | log potential of a scored step | at the start |
+|---|---|---|
+| `difference` (default) | `lambda_s r_s - log P`: what changed | `log P = 0` |
+| `maximum` | `lambda_s` times the largest `r` so far | -inf |
+| `total` | `lambda_s` times the sum of all `r` so far | 0 |
+| `product` | `lambda_s r_s` | |
+
+A rule is a plain function `(seen, strength) -> ()`. After `difference` the particles have the law
+`p(x_s) exp(lambda_s r_s)` at every step; the other rules count early rewards several times, which favors
+particles that looked good early. They weigh more than they should on the way, and the last potential takes
+it back: their evidence is right on average and skewed.
+
+A `Steering` says which reward, how read, when, how strongly:
+
+    Steering(reward, strength=10.0, scored=Interval(start=5, stop=30, every=5))
+    Steering(reward, tempering=Exponential(0.008))      # lambda grows from 0 to full strength
+
+Steps are counted from noise: `made` moves of K, 0 at the initial noise. A lambda that follows the ESS is
+an annealing kernel: `ParticleFilter(..., annealing=ESSFloor(0.5))`.
+
+Source: Singhal et al. 2025, "A general framework for inference-time scaling and steering of diffusion
+models" (arXiv 2501.06848), section 3; Kim, Kim & Park 2025 (arXiv 2501.05803) for the tempering. The
+published code ends `maximum` and `total` with the running value in place of `r(x_0)`, which is another
+target.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Int32
+
+from smcscale.models.diffusion.predictors import Prediction
+from smcscale.models.diffusion.schedules import Level, Walk
+
+
+class Seen(NamedTuple):
+    """The rewards of a particle so far, moved with it when the population is resampled.
+
+    Attributes:
+        last: `()`, reward of the newest scored step.
+        maximum: `()`, largest reward, -inf before the first.
+        total: `()`, sum of the rewards.
+        log_product: `()`, nats: log of the product of all potentials.
+    """
+
+    last: Float[Array, ""]
+    maximum: Float[Array, ""]
+    total: Float[Array, ""]
+    log_product: Float[Array, ""]
+
+
+def difference(seen: Seen, strength: Float[Array, ""]) -> Float[Array, ""]:
+    """`lambda_s r_s - lambda_(s+) r_(s+)`: only the newest reward is in the target so far."""
+    return strength * seen.last - seen.log_product
+
+
+def maximum(seen: Seen, strength: Float[Array, ""]) -> Float[Array, ""]:
+    """`lambda_s max_u r_u`: a particle keeps the credit of its best prediction."""
+    return strength * seen.maximum
+
+
+def total(seen: Seen, strength: Float[Array, ""]) -> Float[Array, ""]:
+    """`lambda_s sum_u r_u`: a particle keeps the credit of all its predictions, again and again."""
+    return strength * seen.total
+
+
+def product(seen: Seen, strength: Float[Array, ""]) -> Float[Array, ""]:
+    """`lambda_s r_s`: every scored reward counts once until the last step takes it back."""
+    return strength * seen.last
+
+
+# ---- when to score
+
+
+def every_step(made: Int32[Array, "..."]) -> Bool[Array, "..."]:
+    """Score after every move, and the initial noise."""
+    return jnp.ones_like(made, bool)
+
+
+class Interval(eqx.Module):
+    """Score after moves `start, start + every, ...`, up to `stop` (exclusive, None: to the end).
+
+    The last move is scored whatever the interval.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    every: int = 1
+
+    def __check_init__(self):
+        if self.every < 1:
+            raise ValueError(
+                f"smcscale: `every` of an Interval must be positive, got {self.every}."
+            )
+
+    def __call__(self, made: Int32[Array, "..."]) -> Bool[Array, "..."]:
+        """Whether to score after `made` moves."""
+        due = (made >= self.start) & ((made - self.start) % self.every == 0)
+        return due if self.stop is None else due & (made < self.stop)
+
+
+# ---- how strongly
+
+
+def full(made: Int32[Array, "..."]) -> Float[Array, "..."]:
+    """Full strength from the beginning."""
+    return jnp.ones(jnp.shape(made))
+
+
+class Exponential(eqx.Module):
+    """Tempering: the share of lambda is `(1 + rate)^made - 1`, at most 1."""
+
+    rate: float = 0.008
+
+    def __call__(self, made: Int32[Array, "..."]) -> Float[Array, "..."]:
+        """Share in [0, 1] after `made` moves."""
+        return jnp.minimum(jnp.expm1(made * jnp.log1p(self.rate)), 1)
+
+
+class Polynomial(eqx.Module):
+    """Tempering: the share of lambda is `(rate made)^power`, at most 1."""
+
+    rate: float = 0.01
+    power: float = 1.0
+
+    def __call__(self, made: Int32[Array, "..."]) -> Float[Array, "..."]:
+        """Share in [0, 1] after `made` moves."""
+        return jnp.minimum((self.rate * made) ** self.power, 1)
+
+
+# ---- what is scored
+
+
+def gaussian_guess(x: Array, prediction: Prediction, level: Level) -> Any:
+    """A law of the data given a noisy state: normal around the prediction.
+
+    Its variance is the prediction's, or where that is not known `sigma^2 / (alpha^2 + sigma^2)`, that of
+    data with variance 1.
+    """
+    variance = prediction.variance
+    if variance is None:
+        variance = level.sigma**2 / (level.alpha**2 + level.sigma**2)
+    scale = jnp.sqrt(variance)  # 0 where nothing is left to guess
+    return dist.Normal(prediction.x0, scale, validate_args=False).to_event(jnp.ndim(x))
+
+
+class Steering(eqx.Module):
+    """Which reward steers, how it is read off a noisy state, when, how strongly.
+
+    Attributes:
+        reward: `(x_0) -> ()`, finite for a predicted `x_0`; of the data itself it may be -inf.
+        rule: `difference`, `maximum`, `total`, `product`, or one's own.
+        strength: lambda; an array changes without a new compilation.
+        tempering: `(made) -> ()`, share of lambda; the last step has all of it.
+        scored: `(made) -> bool`; the last step is always scored.
+        num_guesses: 0 reads the reward at the predicted mean of the data; M draws M guesses of the data
+            and takes `log mean exp(lambda r) / lambda`, nearer to what the future will bring.
+        guess: `(x, prediction, level) -> Distribution` of a guess; any law leaves the target as it is.
+        value: `(x, prediction, level) -> ()`, what a noisy state is worth, in place of both: a learned
+            reward, or a likelihood as broad as the level is noisy (`twisted.NoisyLikelihood`).
+    """
+
+    reward: Callable[[Array], Array]
+    rule: Callable[[Seen, Array], Array] = difference
+    strength: ArrayLike = 1.0
+    tempering: Callable[[Array], Array] = full
+    scored: Callable[[Array], Array] = every_step
+    num_guesses: int = eqx.field(static=True, default=0)
+    guess: Callable[[Array, Prediction, Level], Any] = gaussian_guess
+    value: Callable[[Array, Prediction, Level], Array] | None = None
+
+    def __check_init__(self):
+        if self.num_guesses and self.value is not None:
+            raise ValueError(
+                "smcscale: a Steering reads noisy states by `value` or by guesses, not both.\n"
+                "  try: num_guesses=0."
+            )
+
+    def start(self) -> Seen:
+        """Before anything is scored."""
+        zero = jnp.zeros(())
+        return Seen(zero, zero - jnp.inf, zero, zero)
+
+    def due(self, made: Int32[Array, ""], last: Bool[Array, ""]) -> Bool[Array, ""]:
+        """Whether the state after `made` moves is scored."""
+        return self.scored(made) | last
+
+    def read(self, x: Array, prediction: Prediction, level: Level) -> Float[Array, ""]:
+        """What a noisy state is worth, without guesses: `value`, or the reward of the predicted data."""
+        if self.value is not None:
+            return self.value(x, prediction, level)
+        return self.reward(prediction.x0)
+
+    def calls(self, made: Int32[Array, ""], last: Bool[Array, ""]) -> Array:
+        """Calls of the reward after `made` moves: one, or one for each guess."""
+        noisy = max(self.num_guesses, 1) if self.value is None else 0
+        return jnp.where(last, 1, jnp.where(self.scored(made), noisy, 0))
+
+    def __call__(
+        self,
+        seen: Seen,
+        x: Float[Array, "..."],
+        prediction: Prediction,
+        guesses: Float[Array, "guesses ..."] | None,
+        level: Level,
+        made: Int32[Array, ""],
+        last: Bool[Array, ""],
+    ) -> tuple[Seen, Float[Array, ""]]:
+        """Score a state that has just been reached.
+
+        Args:
+            seen: rewards so far.
+            x: the state; the data at the last step.
+            prediction: of the denoiser for it; `x0` is the data itself at the last step.
+            guesses: `(num_guesses, ...)` draws of `guess`, None without any.
+            level: of `x`.
+            made: moves made.
+            last: whether `x` is the data.
+        Returns:
+            the rewards with this one, and the log potential `()`, 0 where it is not scored.
+        """
+        strength = jnp.asarray(self.strength) * jnp.where(last, 1, self.tempering(made))
+
+        def noisy() -> Array:
+            if guesses is None:
+                return self.read(x, prediction, level)
+            scaled = self.strength * jax.vmap(self.reward)(guesses)
+            mean = jax.nn.logsumexp(scaled) - jnp.log(self.num_guesses)
+            return mean / self.strength
+
+        def score() -> tuple[Seen, Array]:
+            # reading the mean needs no second branch: at the last step it is the data
+            plain = self.value is None and guesses is None
+            reward = noisy() if plain else lax.cond(last, lambda: self.reward(x), noisy)
+            reward = jnp.asarray(reward, seen.last.dtype)
+            if jnp.shape(reward):
+                raise ValueError(
+                    f"smcscale: the reward of one particle has shape {jnp.shape(reward)}.\n"
+                    "  try: a scalar."
+                )
+            known = Seen(
+                reward,
+                jnp.maximum(seen.maximum, reward),
+                seen.total + reward,
+                seen.log_product,
+            )
+            end = difference(known, strength)
+            log_potential = jnp.where(last, end, self.rule(known, strength))
+            # a dead particle stays dead: no difference of infinities
+            dead = seen.log_product == -jnp.inf
+            log_potential = jnp.where(dead, -jnp.inf, log_potential)
+            product = jnp.where(dead, -jnp.inf, seen.log_product + log_potential)
+            return known._replace(log_product=product), log_potential
+
+        if self.scored is every_step:
+            return score()
+        return lax.cond(
+            self.due(made, last), score, lambda: (seen, jnp.zeros_like(seen.log_product))
+        )
+
+
+def num_reward_calls(steering: Steering, walk: Walk) -> Int32[Array, ""]:
+    """Calls of the reward that one particle costs, the initial noise included."""
+    first = steering.calls(jnp.zeros((), jnp.int32), jnp.asarray(False))
+    return first + jnp.sum(jax.vmap(steering.calls)(walk.made, walk.last))
