@@ -64,7 +64,8 @@ test-all: $(STAMPS)/dev  ## plain and statistical tests, doctests, README blocks
 
 test-fast: $(STAMPS)/dev  ## exact tests that are quick; no language models, notebooks, README
 	$(PYTEST) -n 2 -m "$(PLAIN) and not statistical and not compile and not long" \
-	  --ignore tests/test_notebooks.py --ignore tests/test_readme.py --ignore tests/models/reasoning
+	  --ignore tests/test_notebooks.py --ignore tests/test_readme.py --ignore tests/models/reasoning \
+	  --ignore tests/models/diffusion
 
 test-slow: $(STAMPS)/dev  ## tests that take minutes
 	$(PYTEST) -n 2 -m slow

@@ -1,8 +1,9 @@
-"""The demo: one engine on a series of returns and on word problems written step by step.
+"""The demo: one engine on a series of returns, on word problems and on pictures of digits.
 
     python -m smcscale demo
 
-prints what it does as it goes and writes two pictures: `volatility.png`, `accuracy.png`.
+prints what it does as it goes and writes three pictures: `volatility.png`, `accuracy.png`,
+`steering.png`.
 """
 
 import math
@@ -17,6 +18,7 @@ from smcscale import plot
 from smcscale.engine.filter import ParticleFilter
 from smcscale.kernels import resampling
 from smcscale.models.commands import volatility_mean
+from smcscale.models.diffusion.demo import steering
 from smcscale.models.reasoning.cache import bucketed
 from smcscale.models.reasoning.language_model import LanguageModel
 from smcscale.models.reasoning.program import reason
@@ -31,7 +33,7 @@ from smcscale.models.statespace.data import sp500_returns
 from smcscale.models.statespace.zoo import stochastic_volatility
 from smcscale.run import SMC
 
-#: the same kernel object resamples volatilities and texts
+#: the same kernel object resamples volatilities, texts and digits
 _KERNEL = resampling.systematic
 _PARTICLES = (1, 4, 16)
 _PROBLEMS = 40
@@ -59,12 +61,13 @@ class Accuracy(NamedTuple):
 
 
 def demo(folder: str | Path = "demo") -> None:
-    """Run both halves and write the pictures into `folder`."""
+    """Run all parts and write the pictures into `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     volatility(folder / "volatility.png")
     reasoning(folder / "accuracy.png")
+    steering(folder / "steering.png", _KERNEL)
     print(f"\ndone in {time.perf_counter() - started:.0f} s. Pictures:")
     for name, shows in (
         (
@@ -72,6 +75,7 @@ def demo(folder: str | Path = "demo") -> None:
             "volatility of the S&P 500 with its 90% band; the crisis of 2008 and its ESS",
         ),
         ("accuracy.png", "share of word problems solved against tokens written, with intervals"),
+        ("steering.png", "digits of the model, the best of four, and four steered to eights"),
     ):
         print(f"  {folder / name}: {shows}")
 

@@ -206,6 +206,55 @@ MUTATIONS = [
         "return self.weigh(previous, score)",
         "tests/models/reasoning/test_potentials.py -k multiply",
     ),
+    Mutation(
+        "steering ends with the running rule",
+        "models/diffusion/potentials.py",
+        "log_potential = jnp.where(last, end, self.rule(known, strength))",
+        "log_potential = self.rule(known, strength)",
+        "tests/models/diffusion/test_potentials.py",
+    ),
+    Mutation(
+        "the first noise is not weighed",
+        "models/diffusion/program.py",
+        'numpyro.factor("first_potential", log_potential)',
+        'numpyro.factor("first_potential", 0 * log_potential)',
+        "tests/models/diffusion/test_program.py -k variance",
+    ),
+    Mutation(
+        "a guided step without its ratio",
+        "models/diffusion/twisted.py",
+        "return jnp.where(noisy, jnp.sum(other**2 - one**2) / 2, 0.0)",
+        "return jnp.where(noisy, 0 * jnp.sum(other**2 - one**2) / 2, 0.0)",
+        "tests/models/diffusion/test_twisted.py -k ratio_of_densities",
+    ),
+    Mutation(
+        "the divergence of the drift left out as a constant",
+        "models/diffusion/correctors.py",
+        "log_weight = -(total - 1) * growth * x.size",
+        "log_weight = 0 * growth",
+        "tests/models/diffusion/test_correctors.py -k 'walk and annealed'",
+    ),
+    Mutation(
+        "a point prediction forgets its variance",
+        "models/diffusion/samplers.py",
+        "variance = variance + factor**2 * prediction.variance",
+        "variance = variance + 0 * factor**2 * prediction.variance",
+        "tests/models/diffusion/test_samplers.py",
+    ),
+    Mutation(
+        "the last conjugate potential divided out again",
+        "models/diffusion/linear.py",
+        "staying = problem.active(low) & ~last",
+        "staying = problem.active(level) & ~last",
+        "tests/models/diffusion/test_linear.py -k grid",
+    ),
+    Mutation(
+        "guidance without its weight",
+        "models/diffusion/guidance.py",
+        "return Guided(proposal, target if self.corrected else proposal)",
+        "return Guided(proposal, proposal)",
+        "tests/models/diffusion/test_masked.py -k 'evidence or law or guidance'",
+    ),
 ]
 
 

@@ -170,5 +170,5 @@ def test_twisted_pieces_fit_together():
     np.testing.assert_allclose(ratio, exact, rtol=1e-6)
     start = twisted_start(found, r, 1.3, high)
     normalizer = found.tilted(r, 1.3).log_normalizer
-    exact = normalizer - 1.3 * over(lambda y: value(y, high))
+    exact = normalizer - 1.3 * over(lambda y: value(y, None, high))
     np.testing.assert_allclose(over(start.log_weight), exact, rtol=1e-6)

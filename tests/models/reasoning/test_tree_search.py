@@ -450,6 +450,7 @@ def test_a_repair_costs_what_it_writes():
 
 
 @pytest.mark.statistical
+@pytest.mark.slow
 def test_fresh_answers_follow_the_language_model():
     """Children of the root are plain samples: their texts have the model's probabilities."""
     (problem,) = answering(LM, PRM, tiny.PROMPT, max_steps=4, batch=500)
