@@ -33,6 +33,7 @@ THE CONVENTION, kept in all modules; formulas of papers are translated into it:
 | `twisted` | proposals that follow the reward's gradient, weighed for it: TDS, DAS |
 | `correctors` | powers, products and tilts of models: Feynman-Kac correctors |
 | `linear` | linear inverse problems with a conjugate proposal: MCGDiff |
+| `search` | searches over noises and steps: calls spent for a high reward, no target |
 | `mixtures` | Gaussian mixtures, where everything has an exact answer |
 | `masked`, `reveal`, `guidance`, `token_steering` | masked diffusion of tokens: the program, rows, guidance, rewards |
 | `ctmc`, `blocks` | tokens under uniform noise; blocks from left to right, and votes over schedules |

@@ -29,8 +29,8 @@ they differ in the variance of the weights:
 | `tempered_noise` | (1 + B) / 2B | 1 / sqrt(B) | 0 | Skreta et al., a = 1/2; loses the tails for B > 1 |
 | `bridge` | (1 + B) / 2B | 1 | (1 - B) / 2B | no weight at all where the models are normal |
 
-`bridge` needs the divergence of the scores: exact with d products of the Jacobian, or one random probe. Its
-error in log Z was twenty times smaller than the others' on mixtures (`diffusion` tests), so it is the default.
+`bridge` needs the divergence of the scores: exact with d products of the Jacobian, or one random probe. On
+mixtures its log Z varies far less than that of the others, so it is the default.
 
 The walk is Euler-Maruyama: what it samples approaches the product as steps shrink, and the evidence
 estimates `log of the integral of the product`. Time-dependent powers would need densities and are not here.
