@@ -52,7 +52,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from smcscale.models.diffusion.predictors import Prediction
 from smcscale.models.diffusion.samplers import Network, Proposed
-from smcscale.models.diffusion.schedules import Level, Schedule
+from smcscale.models.diffusion.schedules import Level, Schedule, increments
 from smcscale.program.spend import spend
 
 
@@ -193,10 +193,7 @@ class Corrected(eqx.Module):
         powers, tilt = denoiser.powers, denoiser.tilt
         total = jnp.sum(powers)
         kappa, zeta = self.drift.kappa(total), self.drift.zeta(total)
-        growth = jnp.log(low.alpha / high.alpha)
-        middle = (high.sigma**2 + low.sigma**2) / 2
-        variance = high.sigma**2 - low.sigma**2 + 2 * growth * middle  # as in EulerMaruyama
-
+        growth, variance = increments(high, low)
         scores = -prediction.extra.eps / high.sigma
         mixed = jnp.tensordot(powers, scores, axes=1)
         whole, move = mixed, kappa * mixed

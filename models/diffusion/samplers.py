@@ -41,6 +41,7 @@ from smcscale.models.diffusion.schedules import (
     added_noise,
     as_schedule,
     bridge,
+    increments,
 )
 
 Network = Callable[[Array, Level], Prediction]
@@ -117,11 +118,7 @@ class EulerMaruyama(eqx.Module):
         self, denoiser: Network | None, x: Array, prediction: Prediction, high: Level, low: Level
     ) -> Any:
         """Law of the state at `low`."""
-        growth = jnp.log(low.alpha / high.alpha)
-        # d(sigma^2) = 2 f sigma^2 dt + g^2 dt, sigma^2 by the trapezium rule: the change of sigma^2
-        # where alpha is constant, and 2 growth + O(growth^3) where alpha^2 + sigma^2 = 1
-        middle = (high.sigma**2 + low.sigma**2) / 2
-        variance = high.sigma**2 - low.sigma**2 + 2 * growth * middle
+        growth, variance = increments(high, low)
         return _normal(x + growth * x + variance * prediction.score(high), variance)
 
 

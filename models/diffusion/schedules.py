@@ -123,6 +123,23 @@ def added_noise(high: Level, low: Level) -> Float[Array, "..."]:
     return high.sigma**2 - (high.alpha / low.alpha) ** 2 * low.sigma**2
 
 
+def increments(high: Level, low: Level) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """What the reverse SDE of a variance-preserving or -exploding walk does over a move.
+
+    With `dx = f x dt + g dw` forwards: `-f dt`, by which a state grows on the way down, and `g^2 dt`.
+
+    Args:
+        high, low: levels, alpha above 0.
+    Returns:
+        growth `()` and variance `()`.
+    """
+    growth = jnp.log(low.alpha / high.alpha)
+    # d(sigma^2) = 2 f sigma^2 dt + g^2 dt, sigma^2 by the trapezium rule: the change of sigma^2
+    # where alpha is constant, and 2 growth + O(growth^3) where alpha^2 + sigma^2 = 1
+    middle = (high.sigma**2 + low.sigma**2) / 2
+    return growth, high.sigma**2 - low.sigma**2 + 2 * growth * middle
+
+
 def bridge(high: Level, low: Level) -> Bridge:
     """`q(x_low | x_high, x_0)`, the posterior of the forward walk.
 
