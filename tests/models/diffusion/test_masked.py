@@ -463,7 +463,7 @@ def test_what_does_not_fit_is_refused():
         smc.run(jax.random.key(0), NETWORK, blank(L, V), jnp.ones(1))
     with pytest.raises(ValueError, match="`num_guesses` of TokenSteering must be at least 1"):
         TokenSteering(REWARDS, num_guesses=0)
-    with pytest.raises(ValueError, match="`exponents` of Composed has 0 numbers for 1 networks"):
+    with pytest.raises(ValueError, match="`exponents` of Powers has 0 numbers for 1 networks"):
         guidance.Powers(1.0, (NETWORK,))
 
 
