@@ -13,17 +13,14 @@ plain Monte Carlo over base samples. Writes `benchmarks/results/diffusion.json`.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from provenance import made_with
 
 from smcscale import SMC, ParticleFilter
 from smcscale.kernels import triggers
@@ -177,15 +174,7 @@ def main() -> None:
                 del cell[pick]["_right"]
     result = {
         "question": __doc__.splitlines()[0],
-        "date": datetime.date.today().isoformat(),
-        "machine": {
-            "cores": os.cpu_count(),
-            "cpu": platform.machine(),
-            "system": platform.system(),
-        },
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("jax", "numpyro", "smcscale")
-        },
+        **made_with("jax", "numpyro", "smcscale"),
         "runs": runs,
         "label": label,
         "E exp(lambda r) by plain Monte Carlo": {f"{s:g}": d for s, d in direct.items()},

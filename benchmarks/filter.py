@@ -14,7 +14,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from provenance import machine
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -207,21 +207,6 @@ def table(rows: list[dict], names: list[str]) -> dict:
     return {
         "columns": columns,
         "rows": [[LABELS[name], *(cell(row["ratio"][name]) for row in rows)] for name in others],
-    }
-
-
-def machine() -> dict:
-    """What the numbers were measured on; no name of the machine."""
-    model = ""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        model = lines[0].split(":")[1].strip() if lines else ""
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
     }
 
 

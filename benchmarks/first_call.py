@@ -8,13 +8,14 @@ of the largest compilations. Writes `benchmarks/results/first_call.json`.
 """
 
 import argparse
-import datetime
 import json
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from provenance import made_with
 
 HERE = Path(__file__).resolve().parent
 PARTS = {
@@ -72,14 +73,10 @@ def main() -> None:
     ]
     names = [name for name in runs[0] if all(name in run for run in runs)]
     medians = {name: round(statistics.median(run[name] for run in runs), 3) for name in names}
-    sys.path.insert(0, str(HERE))
-    import filter as bench
-
     result = {
         "question": __doc__.splitlines()[0],
         "command": "python benchmarks/first_call.py",
-        "date": datetime.date.today().isoformat(),
-        "machine": bench.machine(),
+        **made_with("jax", "smcscale"),
         "processes": options.processes,
         "median seconds": medians,
     }

@@ -9,16 +9,16 @@ filter and smoothing means. Fails if any z-score passes the two-sided 0.1% limit
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import os
-import platform
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+
+from provenance import made_with
 
 # cells are small and compiled once: less optimisation saves more time than it costs
 os.environ.setdefault(
@@ -68,8 +68,6 @@ def new(model: str, kernel: str, trigger: str, tilt: str, mode: str) -> bool:
 
 def main() -> None:
     """Run the grid and write its result file."""
-    import jax
-    import numpyro
     import scipy.stats
 
     from support.cells import NUM_PARTICLES, NUM_RUNS, TILTS, TRIGGERS
@@ -102,13 +100,7 @@ def main() -> None:
     summary = {
         "question": __doc__.splitlines()[0],
         "command": "python benchmarks/grid.py",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "numpyro": numpyro.__version__,
-        },
+        **made_with("jax", "numpyro"),
         "num_particles": NUM_PARTICLES,
         "num_runs": NUM_RUNS,
         "num_cells": len(cells),

@@ -11,16 +11,13 @@ bootstraps over problems. Writes `benchmarks/results/reasoning.json`.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+from provenance import made_with
 
 from smcscale import SMC, ParticleFilter
 from smcscale.kernels import resampling
@@ -143,16 +140,7 @@ def report(args, right: dict, tokens: dict, step_accuracy: float, seconds: float
     over_best = rows["filter, 16"] - rows["best-of-16"]
     result = {
         "question": "accuracy of `solve` on held-out word problems by number of particles",
-        "date": datetime.date.today().isoformat(),
-        "machine": {
-            "cores": os.cpu_count(),
-            "cpu": platform.machine(),
-            "system": platform.system(),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{n: importlib.metadata.version(n) for n in ("jax", "numpyro", "flax", "smcscale")},
-        },
+        **made_with("jax", "numpyro", "flax", "smcscale"),
         "problems": done,
         "seeds": args.seeds,
         "problem seed": PROBLEM_SEED,

@@ -46,7 +46,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float, Int
 from numpyro.contrib.control_flow import scan
 
-from smcscale.models.diffusion.potentials import Seen
+from smcscale.models.diffusion.potentials import Seen, nothing_seen
 from smcscale.models.diffusion.reveal import Move, transition
 from smcscale.models.diffusion.token_steering import TokenSteering, steer
 from smcscale.program.spend import spend
@@ -280,13 +280,12 @@ def write(
         table = log_probs if carried else None
         return Draft(new, end, own.astype(jnp.int32), table, seen), None
 
-    zero = jnp.zeros(())
     opening = Draft(
         start,
         jnp.zeros((), jnp.int32),
         jnp.full((), -1, jnp.int32),
         read(start) if carried else None,
-        None if steering is None else Seen(zero, zero - jnp.inf, zero, zero),
+        None if steering is None else nothing_seen(),
     )
     made = jnp.arange(1, num_steps + 1, dtype=jnp.int32)
     levels = jnp.arange(num_steps + 1) / num_steps

@@ -166,7 +166,8 @@ class Corrected(eqx.Module):
     """Euler-Maruyama step of a `Composed` model, with the log-weight that its walk owes.
 
     Attributes:
-        drift: `bridge`, `target_score` or `tempered_noise`.
+        drift: `bridge`, `target_score` or `tempered_noise`; all are one where the powers add up to 1
+            (guidance), and `target_score` then spares the divergence.
         divergence: of the scores, where the drift needs it: `exact_divergence`, or `probed_divergence`
             for states of more than a few numbers.
         active: `(level) -> bool`, where weights are kept; elsewhere they are dropped, which is the

@@ -36,7 +36,7 @@ class Guided(NamedTuple):
     target: Float[Array, "L V"]
 
 
-class Powers(eqx.Module):
+class Product(eqx.Module):
     """Guidance towards a product of laws, each to an exponent; drawn from its normalized table.
 
     The weight of a row is the product over the tokens shown of `sum_v prod_i p_i(v)^b_i`.
@@ -56,7 +56,7 @@ class Powers(eqx.Module):
     def __check_init__(self):
         if len(self.networks) != len(self.exponents):
             raise ValueError(
-                f"smcscale: `exponents` of Powers has {len(self.exponents)} numbers for "
+                f"smcscale: `exponents` of Product has {len(self.exponents)} numbers for "
                 f"{len(self.networks)} networks.\n  try: one for each."
             )
 
@@ -76,14 +76,14 @@ class Powers(eqx.Module):
         return Guided(proposal, target if self.corrected else proposal)
 
 
-def annealed(beta: float | Float[Array, ""], *, corrected: bool = True) -> Powers:
+def annealed(beta: float | Float[Array, ""], *, corrected: bool = True) -> Product:
     """Guidance towards `p(x)^beta`."""
-    return Powers(beta, corrected=corrected)
+    return Product(beta, corrected=corrected)
 
 
 def classifier_free(
     conditional: Any, scale: float | Float[Array, ""], *, corrected: bool = True
-) -> Powers:
+) -> Product:
     """Guidance towards `p(x)^(1 - scale) p(x | z)^scale`, the network being p.
 
     Args:
@@ -92,12 +92,12 @@ def classifier_free(
         corrected: False is the published predictor-free guidance.
     Source: Nisonoff et al. 2024 (arXiv 2406.01572); weights Lee et al. 2025.
     """
-    return Powers(1 - scale, (conditional,), (scale,), corrected)
+    return Product(1 - scale, (conditional,), (scale,), corrected)
 
 
-def multiplied(*networks: Any, corrected: bool = True) -> Powers:
+def multiplied(*networks: Any, corrected: bool = True) -> Product:
     """Guidance towards the product of the laws of the program's network and `networks`."""
-    return Powers(1.0, networks, (1.0,) * len(networks), corrected)
+    return Product(1.0, networks, (1.0,) * len(networks), corrected)
 
 
 class Heated(eqx.Module):

@@ -19,7 +19,7 @@ For variance-preserving schedules. A step's weight depends on its parent alone a
 is reached, so that resampling sees it before the step is made.
 
 Source: Cardoso, Janati, Le Corff & Moulines 2024, "Monte Carlo guided diffusion for Bayesian linear inverse
-problems" (arXiv 2308.07983), algorithm 1 and section 3.2. Their code divides the last potential of a
+problems" (arXiv 2308.07983). Their code divides the last potential of a
 coordinate out again, which has infinite variance for small kappa; here it stays, as in the paper's target.
 """
 
@@ -32,7 +32,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float, Int32
 
-from smcscale.models.diffusion.potentials import Seen
+from smcscale.models.diffusion.potentials import Seen, nothing_seen
 from smcscale.models.diffusion.predictors import Prediction
 from smcscale.models.diffusion.samplers import Network, Proposed, ancestral
 from smcscale.models.diffusion.schedules import Level, Schedule
@@ -207,8 +207,7 @@ class Owed(eqx.Module):
 
     def start(self) -> Seen:
         """Nothing is remembered between steps."""
-        zero = jnp.zeros(())
-        return Seen(zero, zero, zero, zero)
+        return nothing_seen()
 
     def calls(self, made: Array, last: Array) -> Array:
         """No reward is called."""

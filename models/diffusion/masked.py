@@ -49,7 +49,7 @@ from jaxtyping import Array, Float, Int
 from numpyro.contrib.control_flow import scan
 
 from smcscale.models.diffusion.guidance import Guided
-from smcscale.models.diffusion.potentials import Seen
+from smcscale.models.diffusion.potentials import Seen, nothing_seen
 from smcscale.models.diffusion.reveal import Move, Network, independently, transition
 from smcscale.models.diffusion.token_steering import TokenSteering, steer
 from smcscale.program.spend import spend
@@ -96,7 +96,7 @@ def unmask(
             need a row for each mask.
         reveal: `(log_probs, tokens, move) -> (L,)` probabilities to be shown, see the table above;
             it may sample.
-        guidance: `Composed`, `Heated`, `Lookahead`, or one's own.
+        guidance: `guidance.annealed`, `Heated`, `Lookahead`, or one's own.
         steering: a reward.
     Sites:
         tokens: `(L,)` after the row; position: of `in_random_order`; guesses: `(M, L)`
@@ -140,11 +140,10 @@ def unmask(
             seen = steer(steering, seen, reading.log_probs, new, move)
         return Canvas(new, reading if carried else None, seen), None
 
-    zero = jnp.zeros(())
     opening = Canvas(
         start,
         read(start, levels[0]) if carried else None,
-        None if steering is None else Seen(zero, zero - jnp.inf, zero, zero),
+        None if steering is None else nothing_seen(),
     )
     made = jnp.arange(1, levels.shape[0], dtype=jnp.int32)
     scan(step, opening, Move(levels[:-1], levels[1:], made, made == levels.shape[0] - 1))

@@ -29,7 +29,7 @@ Steps are counted from noise: `made` moves of K, 0 at the initial noise. A lambd
 an annealing kernel: `ParticleFilter(..., annealing=ESSFloor(0.5))`.
 
 Source: Singhal et al. 2025, "A general framework for inference-time scaling and steering of diffusion
-models" (arXiv 2501.06848), section 3; Kim, Kim & Park 2025 (arXiv 2501.05803) for the tempering. The
+models" (arXiv 2501.06848); Kim, Kim & Park 2025 (arXiv 2501.05803) for the tempering. The
 published code ends `maximum` and `total` with the running value in place of `r(x_0)`, which is another
 target.
 """
@@ -45,7 +45,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int32
 
 from smcscale.models.diffusion.predictors import Prediction
-from smcscale.models.diffusion.schedules import Level, Walk
+from smcscale.models.diffusion.schedules import Level
 
 
 class Seen(NamedTuple):
@@ -82,6 +82,35 @@ def total(seen: Seen, strength: Float[Array, ""]) -> Float[Array, ""]:
 def product(seen: Seen, strength: Float[Array, ""]) -> Float[Array, ""]:
     """`lambda_s r_s`: every scored reward counts once until the last step takes it back."""
     return strength * seen.last
+
+
+def nothing_seen() -> Seen:
+    """Before anything is scored."""
+    zero = jnp.zeros(())
+    return Seen(zero, zero - jnp.inf, zero, zero)
+
+
+def score(
+    seen: Seen,
+    reward: Float[Array, ""],
+    rule: Callable[[Seen, Array], Array],
+    strength: Float[Array, ""],
+    last: Bool[Array, ""],
+) -> tuple[Seen, Float[Array, ""]]:
+    """The rewards with a new one, and its log potential: the rule's, or at the end what is left.
+
+    Args:
+        seen: rewards so far.
+        reward: of the newest step; of the data itself at the last one.
+        rule: `difference`, `maximum`, `total`, `product`.
+        strength: lambda of this step.
+        last: whether this is the last step.
+    """
+    known = Seen(reward, jnp.maximum(seen.maximum, reward), seen.total + reward, seen.log_product)
+    log_potential = jnp.where(last, difference(known, strength), rule(known, strength))
+    # a dead particle stays dead: no difference of infinities
+    log_potential = jnp.where(jnp.isneginf(seen.log_product), -jnp.inf, log_potential)
+    return known._replace(log_product=seen.log_product + log_potential), log_potential
 
 
 # ---- when to score
@@ -193,8 +222,7 @@ class Steering(eqx.Module):
 
     def start(self) -> Seen:
         """Before anything is scored."""
-        zero = jnp.zeros(())
-        return Seen(zero, zero - jnp.inf, zero, zero)
+        return nothing_seen()
 
     def due(self, made: Int32[Array, ""], last: Bool[Array, ""]) -> Bool[Array, ""]:
         """Whether the state after `made` moves is scored."""
@@ -243,7 +271,7 @@ class Steering(eqx.Module):
             mean = jax.nn.logsumexp(scaled) - jnp.log(self.num_guesses)
             return mean / self.strength
 
-        def score() -> tuple[Seen, Array]:
+        def scored() -> tuple[Seen, Array]:
             # reading the mean needs no second branch: at the last step it is the data
             plain = self.value is None and guesses is None
             reward = noisy() if plain else lax.cond(last, lambda: self.reward(x), noisy)
@@ -253,28 +281,10 @@ class Steering(eqx.Module):
                     f"smcscale: the reward of one particle has shape {jnp.shape(reward)}.\n"
                     "  try: a scalar."
                 )
-            known = Seen(
-                reward,
-                jnp.maximum(seen.maximum, reward),
-                seen.total + reward,
-                seen.log_product,
-            )
-            end = difference(known, strength)
-            log_potential = jnp.where(last, end, self.rule(known, strength))
-            # a dead particle stays dead: no difference of infinities
-            dead = seen.log_product == -jnp.inf
-            log_potential = jnp.where(dead, -jnp.inf, log_potential)
-            product = jnp.where(dead, -jnp.inf, seen.log_product + log_potential)
-            return known._replace(log_product=product), log_potential
+            return score(seen, reward, self.rule, strength, last)
 
         if self.scored is every_step:
-            return score()
+            return scored()
         return lax.cond(
-            self.due(made, last), score, lambda: (seen, jnp.zeros_like(seen.log_product))
+            self.due(made, last), scored, lambda: (seen, jnp.zeros_like(seen.log_product))
         )
-
-
-def num_reward_calls(steering: Steering, walk: Walk) -> Int32[Array, ""]:
-    """Calls of the reward that one particle costs, the initial noise included."""
-    first = steering.calls(jnp.zeros((), jnp.int32), jnp.asarray(False))
-    return first + jnp.sum(jax.vmap(steering.calls)(walk.made, walk.last))

@@ -203,7 +203,7 @@ class Converted(eqx.Module):
     Attributes:
         denoiser: `(x, level) -> Prediction` of the old interpolant.
         level_at: `alpha / sigma -> Level` of the old one, such as `straight_level`.
-    Source: Kim et al. 2025, "Inference-time scaling for flow models" (arXiv 2503.19385), section 4.3.
+    Source: Kim et al. 2025, "Inference-time scaling for flow models" (arXiv 2503.19385).
     """
 
     denoiser: Callable[[Array, Level], Prediction]

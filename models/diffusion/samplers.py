@@ -22,7 +22,7 @@ identical for ever: resampling needs noise.
 With a `prediction.variance`, `DDIM` and `DDPM` add what a point prediction loses (see `DDIM`).
 
 Source: Song, Meng & Ermon 2021, equation 12 (DDIM); Ho et al. 2020, section 3.2; Song et al. 2021,
-equation 6; Karras et al. 2022, algorithm 2; Kim et al. 2025 (arXiv 2503.19385), section 4.2.
+equation 6; Karras et al. 2022, algorithm 2; Kim et al. 2025 (arXiv 2503.19385).
 """
 
 from collections.abc import Callable

@@ -16,7 +16,9 @@ ours over alpha), and on those of `FlowMatchEulerDiscreteScheduler` likewise. Wh
 refused by name. `clip_sample` cuts predictions as `Denoiser(clip=...)` does, where the noise is what is
 left (`use_clipped_model_output=True` in `DDIMScheduler`).
 
-Source: `diffusers` 0.3x, the schedulers of the table; the rescaling of betas from Lin et al. 2023,
+The tests hold this to known numbers, not to a run of `diffusers`.
+
+Source: `diffusers`, the schedulers of the table; the rescaling of betas from Lin et al. 2023,
 algorithm 1.
 """
 

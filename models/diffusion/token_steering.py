@@ -21,7 +21,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from smcscale.models.diffusion.guidance import Lookahead
-from smcscale.models.diffusion.potentials import Seen, difference, every_step
+from smcscale.models.diffusion.potentials import Seen, difference, every_step, score
 from smcscale.models.diffusion.reveal import Move, transition
 from smcscale.program.spend import spend
 
@@ -96,14 +96,7 @@ class TokenSteering(eqx.Module):
             assert self.value is not None
             reward = self.value(tokens, move.next_level)
         reward = jnp.where(move.last, self.reward(tokens), reward).astype(seen.last.dtype)
-        highest = jnp.maximum(seen.maximum, reward)
-        known = Seen(reward, highest, seen.total + reward, seen.log_product)
-        log_potential = jnp.where(
-            move.last, difference(known, strength), self.rule(known, strength)
-        )
-        # a dead particle stays dead: no difference of infinities
-        log_potential = jnp.where(jnp.isneginf(seen.log_product), -jnp.inf, log_potential)
-        known = known._replace(log_product=seen.log_product + log_potential)
+        known, log_potential = score(seen, reward, self.rule, strength, move.last)
         due = self.scored(move.made) | move.last
         kept = jax.tree.map(lambda new, old: jnp.where(due, new, old), known, seen)
         return kept, jnp.where(due, log_potential, 0.0)

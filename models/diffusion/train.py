@@ -8,7 +8,7 @@ straight lines; both know the class of 85% of what they see, so that one network
 class and of any. `judges` are a logistic regression on one half of the digits (the reward) and
 support vector machines on the other half (the judge).
 
-Source: Salimans & Ho 2022, section 4 (truncated SNR weights); Hang et al. 2023, "Efficient diffusion
+Source: Salimans & Ho 2022 (weights SNR + 1); Hang et al. 2023, "Efficient diffusion
 training via min-SNR weighting"; Ho & Salimans 2022 (label dropout).
 """
 

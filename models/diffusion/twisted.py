@@ -19,7 +19,7 @@ own step is taken and no weight is due, as in the published code. Any shift give
 one gives a large variance.
 
 Source: Wu et al. 2023, "Practical and asymptotically exact conditional sampling in diffusion models"
-(arXiv 2306.17775), algorithm 1; Kim, Kim & Park 2025 (arXiv 2501.05803), equation 11.
+(arXiv 2306.17775); Kim, Kim & Park 2025 (arXiv 2501.05803).
 """
 
 from collections.abc import Callable
@@ -85,7 +85,7 @@ class NoisyLikelihood(eqx.Module):
         forward: `x_0 -> ` shape of `y`.
         y: what was observed.
         scale: standard deviation of its noise.
-    Source: Song et al. 2023, "Pseudoinverse-guided diffusion models", section 3.2.
+    Source: Song et al. 2023, "Pseudoinverse-guided diffusion models".
     """
 
     forward: Callable[[Array], Array]

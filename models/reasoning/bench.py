@@ -10,10 +10,7 @@ r"""Many problems, methods, budgets and seeds: one row of a file for each, so th
 | `Runner`, `Texts` | one cell: a problem, a method, N, a seed -> its row |
 | `run` | all cells that a file does not have yet |
 
-A line of a problem file is an object with a question ("problem" or "question"), an answer ("answer";
-else the boxed one of "solution"), and perhaps an id ("id", "unique_id") and a level ("level"): the
-fields of MATH500, AIME and GSM8K, whose answer is what follows `####`.  Case does not matter.  With
-models of one's own, which must say a boxed answer:
+Problem files are those of `problem_files.py`.  With models of one's own, which must say a boxed answer:
 
     python -m smcscale bench reasoning math500.jsonl --lm FOLDER --prm FOLDER --temperature 0.8 \
         --delimiter '\n\n' --step-tokens 512 --max-tokens 2048 --max-steps 40 \
@@ -31,7 +28,6 @@ other and share one compiled program.  Read next: `report.py`, `budget.py`.
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import time

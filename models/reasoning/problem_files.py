@@ -6,7 +6,8 @@
 | `generated`, `write_problems` | held-out problems of the shipped task, by level, as such a file |
 
 A line is an object with a question ("problem" or "question"), an answer ("answer"; else the boxed one of
-"solution"), and perhaps an id ("id", "unique_id") and a level ("level"). Case does not matter.
+"solution"), and perhaps an id ("id", "unique_id") and a level ("level"): the fields of MATH500, AIME and
+GSM8K, whose answer is what follows `####`. Case does not matter.
 """
 
 import json

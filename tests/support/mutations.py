@@ -209,8 +209,8 @@ MUTATIONS = [
     Mutation(
         "steering ends with the running rule",
         "models/diffusion/potentials.py",
-        "log_potential = jnp.where(last, end, self.rule(known, strength))",
-        "log_potential = self.rule(known, strength)",
+        "log_potential = jnp.where(last, difference(known, strength), rule(known, strength))",
+        "log_potential = rule(known, strength)",
         "tests/models/diffusion/test_potentials.py",
     ),
     Mutation(

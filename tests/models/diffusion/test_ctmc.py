@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 
 from smcscale import SMC, ParticleFilter
 from smcscale.kernels import annealing, resampling, triggers
 from smcscale.models.diffusion import ctmc
 from smcscale.models.diffusion.ctmc import ExactUniform, Powers, jump, sweeps
-from support.montecarlo import assert_mean
+from support.sequences import assert_sequences, sequence_masses
 
 V, L, RUNS = 3, 2, 4000
 SEQUENCES = np.array(list(itertools.product(range(V), repeat=L)))
@@ -54,30 +53,11 @@ def replicates(networks, levels, num_particles=4, num_runs=RUNS, seed=5, program
         num_particles=num_particles, num_runs=num_runs, progress_bar=False,
     )  # fmt: skip
     smc.run(jax.random.key(seed), networks, levels, shape=(L, V), **options)
-    samples, _ = smc.get_samples(weighted=True)
-    codes = np.asarray(samples["tokens"]) @ V ** np.arange(L)[::-1]
-    weights = np.asarray(jax.nn.softmax(smc.result.log_weights, axis=1), np.float64)
-    evidence = np.exp(np.asarray(smc.log_evidence, np.float64))
-    rows = np.repeat(np.arange(num_runs), num_particles)
-    mass = np.zeros((num_runs, V**L))
-    np.add.at(mass, (rows, codes), (weights * evidence[:, None]).reshape(-1))
-    return mass
+    return sequence_masses(smc, L, V)
 
 
 def assert_target(mass, target, bias=0.08):
-    """z-test of the evidence, chi-square of the masses of all sequences together."""
-    exact = np.asarray(target, np.float64).reshape(-1)
-    ratio = mass.sum(1) / exact.sum()
-    if ratio.std() < 1e-5:  # nothing is weighed: the evidence is known
-        np.testing.assert_allclose(ratio, 1.0, atol=1e-4)
-    else:
-        assert_mean(ratio, 1.0, family=FAMILY, smallest_bias=bias)
-    error = mass.mean(0) - exact
-    values, vectors = np.linalg.eigh(np.cov(mass.T) / len(mass))
-    seen = values > 1e-6 * values.max()
-    chi_square = np.sum((vectors.T @ error)[seen] ** 2 / values[seen])
-    limit = scipy.stats.chi2.isf(1e-3 / FAMILY, seen.sum())
-    assert chi_square < limit, f"chi-square {chi_square:.0f} of the law, limit {limit:.0f}"
+    assert_sequences(mass, target, family=FAMILY, smallest_bias=bias)
 
 
 # ---- the kernel

@@ -72,8 +72,8 @@ def test_evidence_on_a_grid():
         values = kernel @ values / kernel.sum(axis=1)
     start = np.exp(-(grid**2) / 2)
     expected = start @ values / start.sum()
-    found = np.exp(np.asarray(run(problem, LINE, 4, 10_000).log_evidence, np.float64))
-    assert_mean(found, expected, family=1, smallest_bias=0.05 * expected)
+    found = np.exp(np.asarray(run(problem, LINE, 4, 60_000).log_evidence, np.float64))
+    assert_mean(found, expected, family=1, smallest_bias=0.02 * expected)
     constant = 0.5 * np.log(0.85) - np.log(0.8)
     np.testing.assert_allclose(problem.log_constant, constant, atol=1e-5)
 
@@ -81,21 +81,37 @@ def test_evidence_on_a_grid():
 @pytest.mark.statistical
 @pytest.mark.parametrize("scale", [0.3, 0.0])
 def test_posterior_of_two_coordinates(scale):
-    """Mean, and log p(y), of a mixture seen through a matrix; each coordinate has its own level."""
-    y = np.asarray([0.6, -0.2])
-    problem = LinearProblem(MATRIX, y, scale, schedules.vp_linear(60), kappa=1e-4)
-    smc = run(problem, PLANE, 400, 60)
-    exact = PLANE.tilted(mixtures.gaussian_likelihood(MATRIX, y, max(scale, 1e-3)))
+    """Mean and evidence of a mixture seen through a matrix; each coordinate has its own level."""
+    y, kappa = np.asarray([0.6, -0.2]), 1e-3
+    # on a grid in one dimension the walk's density is within 1% of the mixture's at 240 steps
+    problem = LinearProblem(MATRIX, y, scale, schedules.vp_linear(300), kappa=kappa)
+    smc = run(problem, PLANE, 4000, 50)  # weights have heavy tails: fewer miss the rare large ones
+    # what the particles target: each coordinate seen at its level, through a potential of width kappa
+    alpha, sigma = (
+        np.asarray(a)[problem.until] for a in (problem.schedule.alpha, problem.schedule.sigma)
+    )
+    width = np.sqrt(sigma**2 + kappa) / alpha
+    exact = PLANE.tilted(
+        mixtures.gaussian_likelihood(problem.basis / width[:, None], problem.target / width, 1.0)
+    )
+    log_evidence = float(exact.log_normalizer) - np.log(width * alpha).sum()
+    ratio = np.exp(np.asarray(smc.log_evidence, np.float64) - log_evidence)
+    assert_ratio(ratio, np.ones_like(ratio), 1.0)
     weights = jax.nn.softmax(smc.result.log_weights, axis=1)
     means = jnp.einsum("rn,rnd->rd", weights, problem.data(smc.result.final["x"]))
-    error = np.asarray(means.std(axis=0) / np.sqrt(len(means)))
-    # an observation is met at the nearest of 60 levels, by a walk that is not the true reverse walk
-    assert (np.abs(means.mean(axis=0) - exact.mixture.mean) < 4 * error + 0.02).all()
-    log_z = np.asarray(smc.log_evidence, np.float64) + float(problem.log_constant)
-    pooled = np.logaddexp.reduce(log_z) - np.log(len(log_z))
-    # 60 steps: the walk is not the true reverse walk, and log Z is off by some hundredths
-    assert abs(pooled - float(exact.log_normalizer)) < 0.25
+    for axis in range(2):
+        assert_ratio(ratio * np.asarray(means[:, axis]), ratio, exact.mixture.mean[axis])
     assert (problem.until[0] != problem.until[1]) == (scale > 0)
+    if scale:  # and with the constant that is p(y), but for the nearest of 300 levels and kappa
+        truth = PLANE.tilted(mixtures.gaussian_likelihood(MATRIX, y, scale)).log_normalizer
+        np.testing.assert_allclose(log_evidence + problem.log_constant, truth, atol=0.01)
+
+
+def assert_ratio(above, below, expected):
+    """Runs' mean of `above` over that of `below` within four standard errors (delta method)."""
+    found = above.mean() / below.mean()
+    error = (above - found * below).std() / below.mean() / np.sqrt(len(above))
+    assert abs(found - expected) < 4 * error, f"{found} ± {error} for {expected}"
 
 
 def test_what_is_not_seen_is_left_alone():

@@ -16,7 +16,7 @@ from smcscale.models.diffusion import guidance, masked, potentials, reveal, toke
 from smcscale.models.diffusion.masked import unmask
 from smcscale.models.diffusion.reveal import blank, even_levels
 from smcscale.models.diffusion.token_steering import TokenSteering
-from support.montecarlo import assert_mean
+from support.sequences import assert_sequences, sequence_masses
 
 V, L, RUNS = 3, 3, 4000
 SEQUENCES = np.array(list(itertools.product(range(V), repeat=L)))
@@ -133,34 +133,11 @@ def replicates(num_particles=4, num_runs=RUNS, seed=7, start=None, levels=LEVELS
     smc.run(
         jax.random.key(seed), network, blank(L, V) if start is None else start, levels, **options
     )
-    samples, _ = smc.get_samples(weighted=True)
-    codes = np.asarray(samples["tokens"]) @ V ** np.arange(L)[::-1]
-    weights = np.asarray(jax.nn.softmax(smc.result.log_weights, axis=1), np.float64)
-    weights = np.nan_to_num(weights)  # a run whose particles are all dead counts as 0
-    evidence = np.exp(np.asarray(smc.log_evidence, np.float64))
-    rows = np.repeat(np.arange(num_runs), num_particles)
-    mass = np.zeros((num_runs, V**L))
-    np.add.at(mass, (rows, codes), (weights * evidence[:, None]).reshape(-1))
-    return mass
+    return sequence_masses(smc, L, V)
 
 
 def assert_target(mass, target, bias=0.06):
-    """z-test of the evidence, chi-square of the masses of all sequences together."""
-    exact = np.asarray(target, np.float64).reshape(-1)
-    ratio = mass.sum(1) / exact.sum()
-    if ratio.std() < 1e-5:  # nothing is weighed: the evidence is known
-        np.testing.assert_allclose(ratio, 1.0, atol=1e-4)
-    else:
-        assert_mean(ratio, 1.0, family=FAMILY, smallest_bias=bias)
-    assert mass[:, exact == 0].sum() == 0
-    live = exact > 1e-3 * exact.sum()  # rarer sequences have no normal law yet
-    error = (mass[:, live].mean(0) - exact[live]) / np.sqrt(exact[live])
-    scaled = mass[:, live] / np.sqrt(exact[live])
-    values, vectors = np.linalg.eigh(np.cov(scaled.T) / len(mass))
-    seen = values > 1e-6 * values.max()  # where the evidence is known, so is one direction
-    chi_square = np.sum((vectors.T @ error)[seen] ** 2 / values[seen])
-    limit = scipy.stats.chi2.isf(1e-3 / FAMILY, seen.sum())
-    assert chi_square < limit, f"chi-square {chi_square:.0f} of the law, limit {limit:.0f}"
+    assert_sequences(mass, target, family=FAMILY, smallest_bias=bias)
 
 
 # ---- the kernel
@@ -269,10 +246,11 @@ def test_rows_of_several_tokens_target_the_chains_own_law():
 @pytest.mark.statistical
 def test_an_event_has_its_probability_as_evidence():
     mass = replicates(
-        reveal=reveal.in_random_order, steering=token_steering.event(_ends_alike, num_guesses=3)
-    )
+        num_runs=25_000, reveal=reveal.in_random_order,
+        steering=token_steering.event(_ends_alike, num_guesses=3),
+    )  # fmt: skip
     alike = SEQUENCES[:, 0] == SEQUENCES[:, -1]
-    assert_target(mass, JOINT.reshape(-1) * alike, bias=0.15)
+    assert_target(mass, JOINT.reshape(-1) * alike)
 
 
 def _ends_alike(tokens):
@@ -463,8 +441,8 @@ def test_what_does_not_fit_is_refused():
         smc.run(jax.random.key(0), NETWORK, blank(L, V), jnp.ones(1))
     with pytest.raises(ValueError, match="`num_guesses` of TokenSteering must be at least 1"):
         TokenSteering(REWARDS, num_guesses=0)
-    with pytest.raises(ValueError, match="`exponents` of Powers has 0 numbers for 1 networks"):
-        guidance.Powers(1.0, (NETWORK,))
+    with pytest.raises(ValueError, match="`exponents` of Product has 0 numbers for 1 networks"):
+        guidance.Product(1.0, (NETWORK,))
 
 
 def test_levels_rise_from_noise_to_data():

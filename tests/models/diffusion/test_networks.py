@@ -77,7 +77,7 @@ def test_a_judge_without_an_array_is_refused(tmp_path):
 
 
 def test_judges_know_the_half_that_they_never_saw():
-    """Accuracy of each on the other's half; the figures of the card are 0.95 and 0.98."""
+    """Accuracy of each on the other's half: never seen, and far above what a poor judge has."""
     pytest.importorskip("sklearn")
     from smcscale.models.diffusion.train import digits
 

@@ -127,7 +127,7 @@ def test_evidence(function, sampler):
 def test_the_slope_lowers_the_variance():
     plain = evidences(OBSERVED, ancestral, num_runs=4000)
     guided = evidences(OBSERVED, Twisted(OBSERVED), num_runs=4000)
-    # measured .62; the spread of 4000 runs tells a ratio within 3%
+    # measured .55, and .47 to .64 over many seeds
     assert np.log(guided).std() / np.log(plain).std() < 0.8
 
 
