@@ -104,7 +104,7 @@ class Verifier:
         if importlib.util.find_spec("math_verify") is None:
             raise ImportError(
                 "smcscale: these answers are no plain numbers, which only Math-Verify can grade.\n"
-                "  try: pip install 'math-verify[antlr4_13_2]' (the extra `grading`)."
+                "  try: pip install 'smcscale[grading]'."
             )
         self.seconds = seconds
         self.megabytes = megabytes
