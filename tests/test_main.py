@@ -161,7 +161,7 @@ def test_answers_that_nothing_can_grade_are_refused(tmp_path, capsys, monkeypatc
     monkeypatch.setitem(sys.modules, "math_verify", None)
     path = tmp_path / "problems.jsonl"
     path.write_text('{"problem": "What is half of pi?", "answer": "\\\\frac{\\\\pi}{2}"}\n')
-    assert "pip install 'math-verify" in refused(capsys, "bench", "reasoning", path)
+    assert "pip install 'smcscale[grading]'" in refused(capsys, "bench", "reasoning", path)
 
 
 @pytest.mark.long
