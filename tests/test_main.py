@@ -25,7 +25,7 @@ def returns(tmp_path):
 def test_the_overview_names_the_commands(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out
-    for command in ("filter", "solve", "bench reasoning", "demo"):
+    for command in ("filter", "solve", "bench reasoning", "get smollm2", "demo"):
         assert f"python -m smcscale {command}" in text
 
 
@@ -50,6 +50,8 @@ def refused(capsys, *arguments):
         (["solve", "How many apples?"], "a number and a question are needed"),
         (["solve", "How many 3?", "--model", "/nowhere"], "/nowhere"),
         (["solve", "How many 3?", "--reward", "/nowhere"], "add --model FOLDER"),
+        (["get", "gpt"], "invalid choice: 'gpt'"),
+        (["get", "smollm2", "--folder", "."], "holds other files"),
         (["bench"], "required: reasoning"),
         (["bench", "reasoning"], "required: problems"),
         (["bench", "reasoning", "/nowhere.jsonl"], "/nowhere.jsonl"),
