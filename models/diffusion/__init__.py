@@ -30,6 +30,7 @@ THE CONVENTION, kept in all modules; formulas of papers are translated into it:
 | `samplers` | the law of a state one level lower: DDPM, DDIM, SDEs, churn, flow SDE |
 | `potentials` | steering: rewards to log potentials with one target |
 | `program` | `denoise`, the NumPyro program |
+| `host_program` | `host_denoise`, for networks and rewards that run Python, such as those of `diffusers` |
 | `twisted` | proposals that follow the reward's gradient, weighed for it: TDS, DAS |
 | `correctors` | powers, products and tilts of models: Feynman-Kac correctors |
 | `linear` | linear inverse problems with a conjugate proposal: MCGDiff |
@@ -50,6 +51,7 @@ from smcscale.models.diffusion.correctors import bridge as bridge
 from smcscale.models.diffusion.correctors import composed_start as composed_start
 from smcscale.models.diffusion.correctors import target_score as target_score
 from smcscale.models.diffusion.correctors import tempered_noise as tempered_noise
+from smcscale.models.diffusion.host_program import host_denoise as host_denoise
 from smcscale.models.diffusion.judges import load_judges as load_judges
 from smcscale.models.diffusion.linear import LinearProblem as LinearProblem
 from smcscale.models.diffusion.mixtures import ExactDenoiser as ExactDenoiser

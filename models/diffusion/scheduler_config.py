@@ -16,7 +16,8 @@ ours over alpha), and on those of `FlowMatchEulerDiscreteScheduler` likewise. Wh
 refused by name. `clip_sample` cuts predictions as `Denoiser(clip=...)` does, where the noise is what is
 left (`use_clipped_model_output=True` in `DDIMScheduler`).
 
-The tests hold this to known numbers, not to a run of `diffusers`.
+Where the steps divide the training timesteps, `DDIM` walks as `DDIMScheduler` does. Where they do not, that
+scheduler moves to other timesteps than it next asks the network at; here they are the same.
 
 Source: `diffusers`, the schedulers of the table; the rescaling of betas from Lin et al. 2023,
 algorithm 1.
@@ -81,7 +82,8 @@ def read_scheduler_config(
     Args:
         source: the file, a folder that holds it, or its contents.
         num_steps: K, moves of the sampler.
-        shift: for flow models with `use_dynamic_shifting`: exponential of their `mu`.
+        shift: for flow models with `use_dynamic_shifting`: exponential of their `mu`, or their `mu` itself
+            where `time_shift_type` is "linear".
     Raises:
         NotImplementedError: for a class or an option without a counterpart, by name.
         ValueError: for num_steps above the timesteps of the model.
