@@ -134,12 +134,7 @@ def reason(
         ValueError: for an unknown `finished` or `unfinished`, no steps, or models whose token ids
             differ.
     """
-    if finished not in ("absorb", "reweigh"):
-        raise ValueError(f'smcscale: `finished` must be "absorb" or "reweigh", got {finished!r}.')
-    if unfinished not in ("keep", "drop"):
-        raise ValueError(f'smcscale: `unfinished` must be "keep" or "drop", got {unfinished!r}.')
-    if max_steps < 1:
-        raise ValueError(f"smcscale: max_steps must be at least 1, got {max_steps}.")
+    check_options(finished, unfinished, max_steps)
     words, judged = lm.tokenizer, prm.tokenizer
     if words is not None and judged is not None and not words.within(judged):
         raise ValueError(
@@ -172,6 +167,16 @@ def reason(
     one = jnp.ones(())
     start = (lm.start(), prm.start(lm, max_steps), Tally(one, one, jnp.zeros((), jnp.int32)))
     scan(step, start, None, length=max_steps)
+
+
+def check_options(finished: str, unfinished: str, max_steps: int) -> None:
+    """Refuse what `reason` does not know, by argument name."""
+    if finished not in ("absorb", "reweigh"):
+        raise ValueError(f'smcscale: `finished` must be "absorb" or "reweigh", got {finished!r}.')
+    if unfinished not in ("keep", "drop"):
+        raise ValueError(f'smcscale: `unfinished` must be "keep" or "drop", got {unfinished!r}.')
+    if max_steps < 1:
+        raise ValueError(f"smcscale: max_steps must be at least 1, got {max_steps}.")
 
 
 def tallied(tally: Tally, rule: Potential, score: Array, new: Array) -> Tally:

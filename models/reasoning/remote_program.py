@@ -11,9 +11,7 @@ resampling moves numbers.  Particles with equal texts share one request where th
 several answers to one; all requests of a row are in flight together.
 """
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +20,10 @@ import numpy as np
 from jaxtyping import Array
 
 from smcscale.feynman_kac import Capabilities, FeynmanKac
+from smcscale.models.reasoning import judging
 from smcscale.models.reasoning.potentials import Potential, difference
-from smcscale.models.reasoning.program import Tally, tallied
-from smcscale.models.reasoning.remote import RemoteLanguageModel, all_of, split_steps
-from smcscale.models.reasoning.reward_model import ProcessRewardModel
+from smcscale.models.reasoning.program import Tally, check_options
+from smcscale.models.reasoning.remote import RemoteLanguageModel, all_of
 
 
 class RemoteState(NamedTuple):
@@ -97,20 +95,12 @@ class Writing:
     async def _judged(
         self, previous: RemoteState, text: np.ndarray, finished: np.ndarray, new: np.ndarray
     ) -> RemoteState:
-        """The states with their newest steps judged; equal texts are judged once."""
-        different = sorted({self.texts[i] for i in text[new]})
+        """The states with their newest steps judged."""
         scores = np.array(previous.score)
-        if different:
-            found = self.judge(self.prompt, different)
-            found = np.asarray(await found if inspect.isawaitable(found) else found, float)
-            if found.shape != (len(different),):
-                raise TypeError(
-                    f"smcscale: the reward of {len(different)} texts has shape {found.shape}.\n"
-                    "  try: `(prompt, texts) -> (len(texts),)`."
-                )
-            told = dict(zip(different, found, strict=True))
-            scores[new] = [told[self.texts[i]] for i in text[new]]
-        return RemoteState(text, scores, _tallied(self.rule, previous.tally, scores, new), finished)
+        newest = [self.texts[i] for i in text[new]]
+        scores[new] = await judging.scores(self.judge, self.prompt, newest)
+        tally = judging.tallies(self.rule, previous.tally, scores, new)
+        return RemoteState(text, scores, tally, finished)
 
     def cost(self, previous: RemoteState, state: RemoteState, row: Any) -> dict[str, np.ndarray]:
         """Tokens written and read for the newest steps, `(M,)` each."""
@@ -120,16 +110,6 @@ class Writing:
             "tokens": np.where(new, np.asarray(self.tokens)[text], 0.0),
             "prompt_tokens": np.where(new, np.asarray(self.prompt_tokens)[text], 0.0),
         }
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _tallied(rule: Potential, tally: Tally, scores: Array, new: Array) -> Tally:
-    return jax.vmap(lambda t, s, n: tallied(t, rule, s, n))(tally, jnp.asarray(scores), new)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _weights(rule: Potential, tally: Tally) -> Array:
-    return jax.vmap(lambda t: rule(t.previous, t.aggregate))(tally)
 
 
 def remote_reason(
@@ -154,25 +134,15 @@ def remote_reason(
     Raises:
         TypeError, ValueError: by argument name.
     """
-    if finished not in ("absorb", "reweigh") or unfinished not in ("keep", "drop") or max_steps < 1:
-        raise ValueError(
-            f"smcscale: finished={finished!r}, unfinished={unfinished!r}, max_steps={max_steps}: "
-            'finished is "absorb" or "reweigh", unfinished "keep" or "drop", max_steps at least 1.'
-        )
+    check_options(finished, unfinished, max_steps)
     if not prompt:
         raise ValueError("smcscale: the prompt is empty; a text starts from at least a token.")
     rule = potential if isinstance(potential, Potential) else Potential(potential)
-    if isinstance(judge, ProcessRewardModel):
-        judge = functools.partial(_judged_here, judge, lm.delimiter)
-    elif not callable(judge):
-        raise TypeError(
-            f"smcscale: `judge` must be a reward model or a function, got {type(judge).__name__}."
-        )
-    writing = Writing(lm, judge, prompt, rule)
+    writing = Writing(lm, judging.judge_of(judge, lm.delimiter), prompt, rule)
 
     def log_potential(previous: RemoteState, state: RemoteState, row: Any) -> np.ndarray:
         over, done = np.asarray(previous.finished), np.asarray(state.finished)
-        weights = np.array(_weights(rule, state.tally))
+        weights = judging.weights(rule, state.tally)
         if finished == "absorb":
             weights = np.where(over, 0.0, weights)
         if unfinished == "drop":
@@ -188,13 +158,6 @@ def remote_reason(
         record=_kept,
         cost=writing.cost,
     )
-
-
-def _judged_here(
-    prm: ProcessRewardModel, delimiter: str, prompt: str, texts: Sequence[str]
-) -> np.ndarray:
-    """Scores by a reward model on this machine, whole texts at once."""
-    return np.array([float(prm.score(prompt, split_steps(t, delimiter))[-1]) for t in texts])
 
 
 def texts_of(smc: Any) -> list[str]:

@@ -1,0 +1,80 @@
+"""Scores of texts by a function of their words, for programs that run on the host.
+
+A judge is `(prompt, texts) -> scores`, in [0, 1], one for the newest step of each text; it may be
+`async`. `judge_of` makes one of a `ProcessRewardModel`. Texts that are equal are judged once.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from smcscale.models.reasoning.potentials import Potential
+from smcscale.models.reasoning.program import Tally, tallied
+from smcscale.models.reasoning.remote import split_steps
+from smcscale.models.reasoning.reward_model import ProcessRewardModel
+
+Judge = Callable[[str, Sequence[str]], Any]
+
+
+def judge_of(judge: Any, delimiter: str) -> Judge:
+    """A judge as it is, or a reward model on this machine as one.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(judge, ProcessRewardModel):
+        return functools.partial(_judged_here, judge, delimiter)
+    if not callable(judge):
+        raise TypeError(
+            f"smcscale: `judge` must be a reward model or a function, got {type(judge).__name__}."
+        )
+    return judge
+
+
+def _judged_here(
+    prm: ProcessRewardModel, delimiter: str, prompt: str, texts: Sequence[str]
+) -> np.ndarray:
+    """Scores by a reward model on this machine, whole texts at once."""
+    return np.array([float(prm.score(prompt, split_steps(t, delimiter))[-1]) for t in texts])
+
+
+async def scores(judge: Judge, prompt: str, texts: Sequence[str]) -> np.ndarray:
+    """One score for each text, `(len(texts),)`.
+
+    Raises:
+        TypeError: the judge returns another number of scores than it was given texts.
+    """
+    different = sorted(set(texts))
+    if not different:
+        return np.zeros(0)
+    found = judge(prompt, different)
+    found = np.asarray(await found if inspect.isawaitable(found) else found, float)
+    if found.shape != (len(different),):
+        raise TypeError(
+            f"smcscale: the reward of {len(different)} texts has shape {found.shape}.\n"
+            "  try: `(prompt, texts) -> (len(texts),)`."
+        )
+    told = dict(zip(different, found, strict=True))
+    return np.array([told[text] for text in texts])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def tallies(rule: Potential, tally: Tally, scores: Any, new: Any) -> Tally:
+    """Tallies `(M,)` with one more score where there is a new step."""
+    return jax.vmap(lambda t, s, n: tallied(t, rule, s, n))(tally, jnp.asarray(scores), new)
+
+
+def weights(rule: Potential, tally: Tally) -> np.ndarray:
+    """Log potentials `(M,)` of the newest steps."""
+    return np.array(_weights(rule, tally))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weights(rule: Potential, tally: Tally) -> Array:
+    return jax.vmap(lambda t: rule(t.previous, t.aggregate))(tally)
