@@ -49,7 +49,7 @@ class Writing(NamedTuple):
 
     lm: LanguageModel
     judge: Judge
-    prompt: str
+    prompt: Any
     rule: Potential
 
     async def __call__(self, keys: Array, previous: JudgedState, row: Any) -> Weighted:
@@ -94,7 +94,7 @@ def _kept(state: JudgedState) -> dict[str, Any]:
 def host_reason(
     lm: LanguageModel,
     judge: Any,
-    prompt: str,
+    prompt: Any,
     *,
     max_steps: int,
     potential: Callable[..., Any] = difference,
@@ -107,7 +107,7 @@ def host_reason(
         lm: writes; with a tokenizer.
         judge: `(prompt, texts) -> scores` in [0, 1] of the newest steps, `(len(texts),)`; may be
             `async`.
-        prompt: text.
+        prompt: text, or token ids such as those of `lm.chat`; the judge gets what is given here.
         max_steps: rows of the run, `SMC.run(key, num_steps=max_steps)`.
         potential, finished, unfinished: as in `reason`; the targets are the same.
     Raises:

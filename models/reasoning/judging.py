@@ -19,7 +19,7 @@ from smcscale.models.reasoning.program import Tally, tallied
 from smcscale.models.reasoning.remote import split_steps
 from smcscale.models.reasoning.reward_model import ProcessRewardModel
 
-Judge = Callable[[str, Sequence[str]], Any]
+Judge = Callable[[Any, Sequence[str]], Any]
 
 
 def judge_of(judge: Any, delimiter: str) -> Judge:
@@ -44,7 +44,7 @@ def _judged_here(
     return np.array([float(prm.score(prompt, split_steps(t, delimiter))[-1]) for t in texts])
 
 
-async def scores(judge: Judge, prompt: str, texts: Sequence[str]) -> np.ndarray:
+async def scores(judge: Judge, prompt: Any, texts: Sequence[str]) -> np.ndarray:
     """One score for each text, `(len(texts),)`.
 
     Raises:

@@ -1,0 +1,36 @@
+"""The judge of equations: each fault by hand, and texts that must not be judged down."""
+
+import pytest
+
+from smcscale.models.reasoning.equations import EquationJudge
+
+QUESTION = (
+    "Tom has 4 boxes with 3 pens in each. He gives away 5 pens. Twice, Ana asks. How many are left?"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "factor"),
+    [
+        ("", 1.0),
+        ("4 * 3 = 12\n", 1.0),
+        ("4 * 3 = 12\n12 - 5 = 7\nAnswer: 7\n", 1.0),
+        ("Tom has 4 x 3 = 12 pens.\nThen 12 - 5 = 7.\nThe answer is 7.\n", 1.0),
+        ("12 / 2 = 6\n", 0.2),  # 12 comes from nowhere; the 2 is "twice"
+        ("4 * 3 = 13\n", 0.05),
+        ("4 * 3 = 12\n12 - 6 = 6\n", 0.2),
+        ("4 * 3 = 12\n4 + 5 = 9\n", 0.5),
+        ("Let us think.\n4 * 3 = 12\n", 0.7),
+        ("4 * 3 = 12\n12 - 5 = 7\nAnswer: 12\n", 1.0),  # a wrong plan is not seen
+        ("4 * 3 = 12\nAnswer: 8\n", 0.05),
+        ("3 / 0 = 3\n", 0.05 * 0.2),
+        ("4 * 3 = 13\n13 - 5 = 9\nAnswer: 9\n", 0.05**2),
+    ],
+)
+def test_faults_by_hand(text, factor):
+    assert EquationJudge(QUESTION).score(text) == pytest.approx(0.99 * factor)
+
+
+def test_many_texts_at_once():
+    scores = EquationJudge(QUESTION)(None, ["4 * 3 = 12", "4 * 3 = 11"])
+    assert scores.shape == (2,) and scores[0] > scores[1] > 0
