@@ -1,0 +1,204 @@
+"""What does a real small model gain from particles, with a checker of equations as reward?
+
+    python -m smcscale get smollm2
+    python benchmarks/smollm2.py [--problems 200] [--particles 16] [--rows FILE] [--report]
+
+SmolLM2-135M-Instruct, three worked examples in its chat template, fresh two- and three-step word problems of
+numbers 2 to 10. A line is a step; `EquationJudge` scores it, in plain Python (`host_reason`), knowing neither
+plan nor answer. Each problem gets three runs at equal numbers of texts: no resampling (read as one sample, best
+score, majority and weighted vote), the particle filter resampling at every line, and below half of the ESS.
+Runs go to a file of rows, so that a run that was stopped goes on. Intervals are bootstraps over problems,
+differences paired. Writes `benchmarks/results/smollm2.json`.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+from provenance import made_with
+
+from smcscale import SMC, ParticleFilter
+from smcscale.kernels import triggers
+from smcscale.models.reasoning import answers, report
+from smcscale.models.reasoning.equations import EquationJudge
+from smcscale.models.reasoning.host_program import host_reason, texts_of
+from smcscale.models.reasoning.language_model import LanguageModel
+from smcscale.models.reasoning.smollm2 import get_smollm2
+
+RESULT = Path(__file__).resolve().parent / "results" / "smollm2.json"
+PROBLEM_SEED = 11
+MAX_STEPS, STEP_TOKENS, MAX_TOKENS = 6, 24, 72
+RUNS = {"independent": triggers.never, "always": triggers.always, "ESS": triggers.ess_below(0.5)}
+NAMES = ("Ana", "Tom", "Mia", "Leo", "Eva", "Ben", "Ida", "Max")
+THINGS = ("pens", "apples", "books", "cards", "shells", "coins", "cups", "balls")
+EXAMPLES = (
+    (
+        "Kim has 3 bags with 4 sweets in each. She eats 5 sweets. How many sweets are left?",
+        "3 * 4 = 12\n12 - 5 = 7\nAnswer: 7",
+    ),
+    (
+        "Sam has 9 stamps. He finds 6 more and gives 2 to a friend. How many stamps has he now?",
+        "9 + 6 = 15\n15 - 2 = 13\nAnswer: 13",
+    ),
+    (
+        (
+            "Joe has 8 nuts and Pam has 4 nuts. They put them together and share them among 3 friends. "
+            "One friend then loses 2 nuts. How many nuts has that friend now?"
+        ),
+        "8 + 4 = 12\n12 / 3 = 4\n4 - 2 = 2\nAnswer: 2",
+    ),
+)
+
+
+def problem(rng: random.Random) -> tuple[str, int]:
+    """A question of two or three steps, and its answer."""
+    name, thing = rng.choice(NAMES), rng.choice(THINGS)
+    first, second = rng.randint(2, 10), rng.randint(2, 10)
+    if rng.random() < 0.5:
+        value = first * second
+        text = f"{name} has {first} boxes with {second} {thing} in each."
+    else:
+        value = first + second
+        text = f"{name} has {first} {thing} and gets {second} more."
+    for _ in range(rng.choice((1, 2))):
+        more = rng.randint(2, 10)
+        if more < value and rng.random() < 0.5:
+            value -= more
+            text += f" {name} gives away {more} {thing}."
+        elif value <= 30 and rng.random() < 0.3:
+            value *= more
+            text += f" Then {name} has {more} times as many {thing}."
+        else:
+            value += more
+            text += f" {name} finds {more} {thing}."
+    return f"{text} How many {thing} does {name} have now?", value
+
+
+def prompt(lm: LanguageModel, question: str) -> list[int]:
+    """Worked examples and the question, in the model's chat template."""
+    messages = []
+    for asked, solved in (*EXAMPLES, (question, "")):
+        messages.append({"role": "user", "content": asked})
+        if solved:
+            messages.append({"role": "assistant", "content": solved})
+    return lm.chat(messages)
+
+
+def run(lm: LanguageModel, question: str, trigger, particles: int, key) -> dict:
+    """What one run left: answers, log-weights, scores, tokens."""
+    judge = EquationJudge(question)
+    program = host_reason(lm, judge, prompt(lm, question), max_steps=MAX_STEPS)
+    smc = SMC(
+        ParticleFilter(program, trigger=trigger, store="last"),
+        num_particles=particles, progress_bar=False,
+    )  # fmt: skip
+    smc.run(key, num_steps=MAX_STEPS)
+    texts = texts_of(smc, lm)
+    found = [judge.answer.search(text) for text in texts]
+    return {
+        "answers": [match[1].removesuffix(".0") if match else None for match in found],
+        "log_weights": [round(float(w), 4) for w in smc.result.log_weights[0]],
+        "scores": [round(judge.score(text), 5) for text in texts],
+        "log_evidence": round(float(smc.log_evidence[0]), 4),
+        "tokens": int(smc.cost["tokens"]),
+        "text": texts[0],
+    }
+
+
+def chosen(row: dict) -> dict[str, str | None]:
+    """The answer of every method that a run serves."""
+    texts, weights, scores = row["answers"], np.array(row["log_weights"]), np.array(row["scores"])
+    if row["run"] != "independent":
+        return {f"particle filter, {row['run']}": answers.weighted_majority(texts, weights)}
+    return {
+        "one sample": texts[0],
+        "best score": answers.argmax(texts, weights, scores),
+        "majority": answers.majority(texts),
+        "weighted vote": answers.weighted_majority(texts, weights),
+    }
+
+
+def summary(rows: list[dict]) -> dict:
+    """The result file."""
+    right: dict[str, dict[int, bool]] = {}
+    tokens: dict[str, list[int]] = {}
+    for row in rows:
+        for method, answer in chosen(row).items():
+            right.setdefault(method, {})[row["problem"]] = answer == str(row["answer"])
+            share = len(row["answers"]) if method == "one sample" else 1
+            tokens.setdefault(method, []).append(row["tokens"] // share)
+    done = sorted(set.intersection(*(set(found) for found in right.values())))
+    values = {method: np.array([found[p] for p in done], float) for method, found in right.items()}
+    table, gains = [], {}
+    for method, value in values.items():
+        low, high = report.interval(value)
+        table.append([method, f"{value.mean():.3f} ({low:.3f} to {high:.3f})",
+                      f"{np.mean(tokens[method]):.0f}"])  # fmt: skip
+        for other in ("one sample", "best score", "majority"):
+            if method != other:
+                change = value - values[other]
+                gains[f"{method} - {other}"] = {
+                    "mean": float(change.mean()),
+                    "interval": report.interval(change, lowest=-1.0),
+                    "p_value": report.sign_flip(change.astype(int)),
+                }
+    evidence = np.array([row["log_evidence"] for row in rows if row["run"] == "always"])
+    return {
+        "question": (__doc__ or "").splitlines()[0],
+        **made_with("jax", "smcscale", "gguf"),
+        "problems": len(done),
+        "problem seed": PROBLEM_SEED,
+        "texts": len(rows[0]["answers"]),
+        "differences": gains,
+        "mean log evidence": float(evidence.mean()) if len(evidence) else None,
+        "table": {"columns": ["method", "share solved (95% interval)", "tokens a problem"],
+                  "rows": table},
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run what is missing, write the result file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--particles", type=int, default=16)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--rows", type=Path, default=Path("smollm2_rows.jsonl"))
+    parser.add_argument("--report", action="store_true", help="of the rows that are there")
+    options = parser.parse_args()
+    rows = []
+    if options.rows.exists():
+        rows = [json.loads(line) for line in options.rows.read_text().splitlines()]
+    done = {(row["problem"], row["run"]) for row in rows}
+    if not options.report:
+        lm = LanguageModel.from_pretrained(
+            get_smollm2(), temperature=options.temperature, step_tokens=STEP_TOKENS,
+            max_tokens=MAX_TOKENS,
+        )  # fmt: skip
+        rng = random.Random(PROBLEM_SEED)
+        for number in range(options.problems):
+            question, answer = problem(rng)
+            for name, trigger in RUNS.items():
+                if (number, name) in done:
+                    continue
+                key = jax.random.fold_in(jax.random.key(0), number)  # shared: runs are paired
+                made = run(lm, question, trigger, options.particles, key)
+                rows.append({"problem": number, "run": name, "answer": answer} | made)
+                with options.rows.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+            if number % 10 == 9:
+                print(
+                    number + 1,
+                    *(" ".join(row[:2]) for row in summary(rows)["table"]["rows"]),
+                    sep="\n ",
+                    flush=True,
+                )
+    result = summary(rows)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result["table"]["rows"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
