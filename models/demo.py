@@ -29,6 +29,7 @@ from smcscale.models.reasoning.solve import (
     solve,
 )
 from smcscale.models.reasoning.tasks import Problem, problems
+from smcscale.models.reasoning.tree import from_texts, to_text
 from smcscale.models.statespace.data import sp500_returns
 from smcscale.models.statespace.zoo import stochastic_volatility
 from smcscale.run import SMC
@@ -176,35 +177,19 @@ def reasoning(picture: Path) -> list[Accuracy]:
 
 
 def tree(problem: Problem, solution: Solution, prm) -> str:
-    """The texts of a solution as a tree: a line for each step, shared steps once.
-
-    Each line says how many particles hold the step, and the reward model's score of it.
-    """
-    lines = [*_wrapped(problem.question, 92), ""]
+    """The texts of a solution as a tree, under the question and over the answer."""
     texts = [tuple(text.strip().split("\n")) for text in solution.texts]
     scores = {text: np.asarray(prm.score(problem.question + "\n", text)) for text in set(texts)}
+    grown = from_texts(texts, [scores[text] for text in texts], solution.log_weights)
 
-    def grow(prefix: tuple[str, ...], members: list[tuple[str, ...]], bars: str) -> None:
-        heads = {text[: len(prefix) + 1] for text in members if len(text) > len(prefix)}
-        groups = [(head, [t for t in members if t[: len(head)] == head]) for head in heads]
-        groups.sort(key=lambda group: -len(group[1]))
-        for i, (head, inside) in enumerate(groups):
-            branches = len(groups) > 1
-            last = i == len(groups) - 1
-            joint = ("`- " if last else "|- ") if branches else ""
-            score = scores[inside[0]][len(head) - 1]
-            right = (
-                head[-1] == problem.steps[len(head) - 1] if len(head) <= len(problem.steps) else 0
-            )
-            mark = "" if right else "  (wrong)"
-            text = f"{bars}{joint}{head[-1]}"
-            lines.append(f"{text:<52} x{len(inside):<3} score {score:.2f}{mark}")
-            below = bars + ("   " if last else "|  ") if branches else bars
-            grow(head, inside, below)
+    def wrong(steps: tuple[str, ...]) -> str:
+        place = len(steps) - 1
+        right = place < len(problem.steps) and steps[-1] == problem.steps[place]
+        return "" if right else "wrong"
 
-    grow((), texts, "")
     verdict = "right" if solution.answer == str(problem.answer) else "wrong"
-    lines += ["", f"weighted majority: {solution.answer} ({verdict}; true answer {problem.answer})"]
+    lines = [*_wrapped(problem.question, 92), "", *to_text(grown, 92, mark=wrong).split("\n"), ""]
+    lines += [f"weighted majority: {solution.answer} ({verdict}; true answer {problem.answer})"]
     return "\n".join("   " + line for line in lines)
 
 

@@ -17,8 +17,12 @@
 | `answers`, `stopping` | one answer from many; when to stop |
 | `potentials`, `aggregates` | what is weighed, and of which scores |
 | `rewards`, `reward_forms` | other rewards than a trained model; forms of trained ones |
-| `constraints`, `automaton`, `regex`, `schema`, `awrs` | texts that obey a pattern, a token a step |
-| `remote` | models behind an OpenAI-compatible server |
+| `constraints`, `automaton`, `regex`, `schema` | texts that obey a pattern, a token a step |
+| `predicates`, `awrs` | texts that a Python predicate accepts, likewise |
+| `host_program`, `judging` | `reason` with a judge in plain Python |
+| `remote`, `remote_program`, `server` | models behind an OpenAI-compatible server |
+| `gguf_folder`, `smollm2` | GGUF files as model folders; a small pretrained model by pip |
+| `tree`, `pictures` | a run as one tree of its texts; pictures |
 | `tree_search`, `phi_decoding` | searches with a tree of their own |
 | `scaling`, `budget` | accuracy against budget: laws; cost, plans, what a run spent |
 | `bench`, `report` | many problems and methods in one file; accuracy with intervals, tests, picture |
