@@ -20,6 +20,7 @@ from smcscale.kernels import resampling
 from smcscale.models.commands import volatility_mean
 from smcscale.models.diffusion.demo import steering
 from smcscale.models.reasoning.cache import bucketed
+from smcscale.models.reasoning.grow import from_texts
 from smcscale.models.reasoning.language_model import LanguageModel
 from smcscale.models.reasoning.program import reason
 from smcscale.models.reasoning.solve import (
@@ -29,7 +30,7 @@ from smcscale.models.reasoning.solve import (
     solve,
 )
 from smcscale.models.reasoning.tasks import Problem, problems
-from smcscale.models.reasoning.tree import from_texts, to_text
+from smcscale.models.reasoning.tree import to_text
 from smcscale.models.statespace.data import sp500_returns
 from smcscale.models.statespace.zoo import stochastic_volatility
 from smcscale.run import SMC

@@ -344,7 +344,7 @@ def _everything(result: Result, indices: Array | None) -> Any:
     """All sites of these particles out of R*N (all of them in order if None)."""
 
     def take(leaf):
-        flat = leaf.reshape(-1, *leaf.shape[2:])
+        flat = leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
         return flat if indices is None else flat[indices]
 
     inside = result.final

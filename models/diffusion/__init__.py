@@ -38,12 +38,17 @@ THE CONVENTION, kept in all modules; formulas of papers are translated into it:
 | `mixtures` | Gaussian mixtures, where everything has an exact answer |
 | `masked`, `reveal`, `guidance`, `token_steering` | masked diffusion of tokens: the program, rows, guidance, rewards |
 | `ctmc`, `blocks` | tokens under uniform noise; blocks from left to right, and votes over schedules |
+| `autoregressive` | images from coarse to fine, all tokens of a scale at once; diversity of clusters: TTS-VAR |
 | `networks`, `judges`, `train` | the shipped digits, their classifiers, and how they were made |
+| `scale_networks`, `train_scales` | the shipped digits from coarse to fine |
+| `text`, `train_text` | shipped lines of arithmetic, masked; `fitting` is the loop that trained all of them |
 
 Names of tokens' modules are used with the module's name: `masked.unmask`, `guidance.annealed`.
 """
 
 from smcscale.models.diffusion import predictors as predictors
+from smcscale.models.diffusion.autoregressive import Diversity as Diversity
+from smcscale.models.diffusion.autoregressive import draw_scales as draw_scales
 from smcscale.models.diffusion.correctors import Composed as Composed
 from smcscale.models.diffusion.correctors import Corrected as Corrected
 from smcscale.models.diffusion.correctors import Tilt as Tilt
@@ -77,6 +82,7 @@ from smcscale.models.diffusion.samplers import FlowSDE as FlowSDE
 from smcscale.models.diffusion.samplers import Proposed as Proposed
 from smcscale.models.diffusion.samplers import ancestral as ancestral
 from smcscale.models.diffusion.samplers import churn as churn
+from smcscale.models.diffusion.scale_networks import load_scales as load_scales
 from smcscale.models.diffusion.scheduler_config import (
     read_scheduler_config as read_scheduler_config,
 )

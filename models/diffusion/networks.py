@@ -26,7 +26,7 @@ from smcscale.models.diffusion import predictors
 from smcscale.models.diffusion.predictors import Denoiser, Parameterization
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
-SHIPPED = ("digits", "digits-flow", "digits-judges")
+SHIPPED = ("digits", "digits-flow", "digits-judges", "digits-scales", "text")
 _PREDICTS = {"x0": predictors.x0, "velocity": predictors.velocity}
 
 
@@ -104,7 +104,7 @@ class Residual(nnx.Module):
 
 
 def pretrained(name: str) -> Path:
-    """The folder of a shipped model: "digits", "digits-flow" or "digits-judges".
+    """The folder of a shipped model: "digits", "digits-flow", "digits-judges", "digits-scales", "text".
 
     Raises:
         ValueError: any other name.

@@ -13,7 +13,6 @@ training via min-SNR weighting"; Ho & Salimans 2022 (label dropout).
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from smcscale.models.diffusion import schedules
+from smcscale.models.diffusion.fitting import fit
 from smcscale.models.diffusion.judges import Judges, KernelJudge, LogisticReward, save_judges
 from smcscale.models.diffusion.networks import ResidualMLP, Shape, save_denoiser
 
@@ -99,21 +99,8 @@ def train(
         predicted = nnx.merge(graph, weights)(x, at.tau[:, 0], jnp.where(known, labels[row], -1))
         return jnp.mean(loss(predicted, images[row], eps, at.alpha, at.sigma))
 
-    def step(state, key):
-        weights, averaged, memory = state
-        value, gradient = jax.value_and_grad(batch_loss)(weights, key)
-        updates, memory = optimizer.update(gradient, memory, weights)
-        weights = optax.apply_updates(weights, updates)
-        averaged = optax.incremental_update(weights, averaged, 1 - average)
-        return (weights, averaged, memory), value
-
-    some_steps = jax.jit(lambda state, keys: jax.lax.scan(step, state, keys))
-    state = (weights, weights, optimizer.init(weights))
-    start = time.time()
-    for keys in jnp.split(jax.random.split(jax.random.key(seed), steps), max(1, steps // 500)):
-        state, values = some_steps(state, keys)
-        log(f"loss {float(values.mean()):.4f}, {time.time() - start:.0f} s", flush=True)
-    return nnx.merge(graph, state[1])
+    weights = fit(weights, batch_loss, optimizer, seed=seed, steps=steps, average=average, log=log)
+    return nnx.merge(graph, weights)
 
 
 def fit_judges() -> Judges:

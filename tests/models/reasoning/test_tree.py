@@ -18,8 +18,9 @@ from smcscale.engine.store import Ancestry, Paths
 from smcscale.kernels import annealing, triggers
 from smcscale.models.reasoning import pictures, reason
 from smcscale.models.reasoning.decode import TextState, Written
+from smcscale.models.reasoning.grow import from_run, from_texts
 from smcscale.models.reasoning.language_model import LanguageModel
-from smcscale.models.reasoning.tree import Tree, color, from_run, from_texts, to_svg, to_text
+from smcscale.models.reasoning.tree import Tree, color, to_svg, to_text
 from support.reasoning import tiny
 
 SVG = "{http://www.w3.org/2000/svg}"
