@@ -110,7 +110,7 @@ types: $(STAMPS)/dev  ## pyright
 	@ln -sfn ../../kernels .typings/smcscale/kernels && ln -sfn ../../models .typings/smcscale/models
 	$(BIN)/pyright --pythonpath $(PY)
 
-bench: $(STAMPS)/dev  ## benchmarks/*.py, then the README's tables; peers get environments of their own
+bench: $(STAMPS)/dev  ## benchmarks/filter.py, then the README's tables; peers get environments of their own
 	$(PY) benchmarks/filter.py --install-peers
 	$(PY) benchmarks/report.py
 

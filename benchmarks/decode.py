@@ -68,7 +68,8 @@ def theirs(folder: Path, n: int, tokens: int):
 
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = torch.tensor([tokenizer(PROMPT).input_ids])
+    place = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    network, ids = network.to(place), torch.tensor([tokenizer(PROMPT).input_ids], device=place)
 
     def run(seed: int):
         torch.manual_seed(seed)
@@ -77,7 +78,7 @@ def theirs(folder: Path, n: int, tokens: int):
                 ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0,
                 top_p=1.0, num_return_sequences=n, max_new_tokens=tokens, pad_token_id=0,
             )  # fmt: skip
-        assert texts.shape == (n, ids.shape[1] + tokens)
+        assert texts.cpu().shape == (n, ids.shape[1] + tokens)  # and waits for the device
 
     return run
 
@@ -156,6 +157,7 @@ def measure(folder: Path, particles: list[int], tokens: int, repeats: int) -> di
 
 def main() -> None:
     """Measure, print, write."""
+    jax.config.update("jax_default_matmul_precision", "highest")  # float32 on a GPU too
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, nargs="*", help="folders in the Hugging Face layout")
     parser.add_argument("--particles", type=int, nargs="+", default=[1, 4, 16])

@@ -97,7 +97,9 @@ def run(lm: LanguageModel, question: str, trigger, particles: int, key) -> dict:
     )  # fmt: skip
     smc.run(key, num_steps=MAX_STEPS)
     texts = texts_of(smc, lm)
-    found = [judge.answer.search(text) for text in texts]
+    # of the last line that names one
+    lines = [list(filter(None, map(judge.answer.search, text.split("\n")))) for text in texts]
+    found = [named[-1] if named else None for named in lines]
     return {
         "answers": [match[1].removesuffix(".0") if match else None for match in found],
         "log_weights": [round(float(w), 4) for w in smc.result.log_weights[0]],
@@ -133,30 +135,44 @@ def summary(rows: list[dict]) -> dict:
     done = sorted(set.intersection(*(set(found) for found in right.values())))
     values = {method: np.array([found[p] for p in done], float) for method, found in right.items()}
     table, gains = [], {}
+    methods = list(values)
     for method, value in values.items():
         low, high = report.interval(value)
         table.append([method, f"{value.mean():.3f} ({low:.3f} to {high:.3f})",
                       f"{np.mean(tokens[method]):.0f}"])  # fmt: skip
         for other in ("one sample", "best score", "majority"):
-            if method != other:
+            if other in values and methods.index(other) < methods.index(method):
                 change = value - values[other]
                 gains[f"{method} - {other}"] = {
                     "mean": float(change.mean()),
                     "interval": report.interval(change, lowest=-1.0),
                     "p_value": report.sign_flip(change.astype(int)),
                 }
+    adjusted = report.holm([one["p_value"] for one in gains.values()])
+    for one, p_value in zip(gains.values(), adjusted, strict=True):
+        one["p_value, Holm"] = float(p_value)
     evidence = np.array([row["log_evidence"] for row in rows if row["run"] == "always"])
     return {
         "question": (__doc__ or "").splitlines()[0],
         **made_with("jax", "smcscale", "gguf"),
         "problems": len(done),
         "problem seed": PROBLEM_SEED,
-        "texts": len(rows[0]["answers"]),
         "differences": gains,
         "mean log evidence": float(evidence.mean()) if len(evidence) else None,
         "table": {"columns": ["method", "share solved (95% interval)", "tokens a problem"],
                   "rows": table},
     }  # fmt: skip
+
+
+def kept(path: Path, configuration: dict) -> list[dict]:
+    """Rows of a file of the same configuration; a torn last line is dropped, a new file is begun."""
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    if not whole:
+        whole = [json.dumps(configuration).encode()]
+    elif json.loads(whole[0]) != configuration:
+        raise SystemExit(f"{path} was made with {whole[0].decode()}; choose another --rows.")
+    path.write_bytes(b"".join(line + b"\n" for line in whole))
+    return [json.loads(line) for line in whole[1:]]
 
 
 def main() -> None:
@@ -168,9 +184,14 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=Path("smollm2_rows.jsonl"))
     parser.add_argument("--report", action="store_true", help="of the rows that are there")
     options = parser.parse_args()
-    rows = []
-    if options.rows.exists():
-        rows = [json.loads(line) for line in options.rows.read_text().splitlines()]
+    configuration = {
+        "configuration": {
+            "problem seed": PROBLEM_SEED, "texts": options.particles,
+            "temperature": options.temperature, "max steps": MAX_STEPS,
+            "step tokens": STEP_TOKENS, "max tokens": MAX_TOKENS,
+        }
+    }  # fmt: skip
+    rows = kept(options.rows, configuration)
     done = {(row["problem"], row["run"]) for row in rows}
     if not options.report:
         lm = LanguageModel.from_pretrained(
@@ -195,7 +216,7 @@ def main() -> None:
                     sep="\n ",
                     flush=True,
                 )
-    result = summary(rows)
+    result = summary(rows) | configuration
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result["table"]["rows"], indent=1))
 

@@ -82,6 +82,7 @@ class FeynmanKac(eqx.Module):
         capabilities: see `Capabilities`.
         record: `state -> pytree`, what results keep of a state; all of it by default.
         cost: `(previous, state, input) -> {name: ()}`, what the step spent.
+        num_steps: rows of every run, where the target depends on it; None leaves it to the run.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -103,6 +104,7 @@ class FeynmanKac(eqx.Module):
     capabilities: Capabilities = Capabilities()
     record: Callable[[Any], Any] | None = None
     cost: Callable[..., dict] | None = None
+    num_steps: int | None = eqx.field(static=True, default=None)
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class FeynmanKac(eqx.Module):
         capabilities: Capabilities | None = None,
         record: Callable[[Any], Any] | None = None,
         cost: Callable[..., dict] | None = None,
+        num_steps: int | None = None,
     ):
         for name, value in (
             ("initial", initial),
@@ -141,6 +144,7 @@ class FeynmanKac(eqx.Module):
         self.capabilities = Capabilities() if capabilities is None else capabilities
         self.record = record
         self.cost = cost
+        self.num_steps = num_steps
 
 
 def weighted(out: Any) -> Weighted:

@@ -96,7 +96,7 @@ class SMC:
         Args:
             key: random key; the same key gives the same result.
             *args: the program's arguments; for a `FeynmanKac` model its rows, leaves `(T, ...)`.
-            num_steps: T, for a `FeynmanKac` model without rows.
+            num_steps: T, for a `FeynmanKac` model without rows, unless it says so itself.
             **kwargs: the program's keyword arguments.
         Raises:
             ValueError: bad arguments, before any long work.

@@ -9,8 +9,10 @@ offspring on average, and a dead one none.
 | `schemes.py` | multinomial, stratified, systematic, residual, ssp, killing |
 | `parallel.py` | metropolis, rejection: no sum over the weights |
 | `selection.py` | TopK, BestPerIsland, Balanced: search rules without a target; FanOut |
+| `conditional.py` | each scheme given one kept ancestor |
 """
 
+from smcscale.kernels.resampling import conditional as conditional
 from smcscale.kernels.resampling.parallel import Metropolis, Rejection, metropolis, rejection
 from smcscale.kernels.resampling.schemes import (
     killing,
@@ -29,6 +31,7 @@ __all__ = [
     "Metropolis",
     "Rejection",
     "TopK",
+    "conditional",
     "killing",
     "metropolis",
     "multinomial",

@@ -30,7 +30,7 @@ from smcscale.weights import (
 )
 
 
-def _ancestors(boundaries: Int32[Array, " N"], n: int) -> Ancestors:
+def ancestors_at(boundaries: Int32[Array, " N"], n: int) -> Ancestors:
     """Ancestors whose last slots, plus one, are `boundaries`, nondecreasing up to `n`; sorted.
 
     Slots from the last boundary on, if it is below n, mean nothing.
@@ -54,8 +54,8 @@ def systematic(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
     Source: Carpenter, Clifford & Fearnhead 1999.
     """
     counts = cumulative_counts(log_weights, n)
-    point = _uniform_parts(key, ())
-    return _ancestors(counts.whole + (counts.part > point), n)
+    point = uniform_parts(key, ())
+    return ancestors_at(counts.whole + (counts.part > point), n)
 
 
 def stratified(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
@@ -72,8 +72,8 @@ def stratified(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
     Source: Kitagawa 1996.
     """
     counts = cumulative_counts(log_weights, n)
-    points = _uniform_parts(key, (n,))
-    return _ancestors(counts.whole + (counts.part > points.at[counts.whole].get(mode="clip")), n)
+    points = uniform_parts(key, (n,))
+    return ancestors_at(counts.whole + (counts.part > points.at[counts.whole].get(mode="clip")), n)
 
 
 def multinomial(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
@@ -90,7 +90,7 @@ def multinomial(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
     Source: Gordon, Salmond & Smith 1993; sorted uniforms from exponential gaps.
     """
     counts = cumulative_counts(log_weights, n)
-    return _ancestors(_points_below(key, counts, n, n), n)
+    return ancestors_at(points_below(key, counts, n, n), n)
 
 
 def residual(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
@@ -107,10 +107,10 @@ def residual(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
     Source: Liu & Chen 1998.
     """
     counts = cumulative_counts(log_weights, n)
-    sure = prefix_sum(_split(counts)[0])
+    sure = prefix_sum(split_counts(counts)[0])
     remaining = Counts(counts.whole - sure, counts.part)
-    drawn = _points_below(key, remaining, remaining.whole[-1], n)
-    return _ancestors(sure + drawn, n)
+    drawn = points_below(key, remaining, remaining.whole[-1], n)
+    return ancestors_at(sure + drawn, n)
 
 
 def ssp(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
@@ -129,7 +129,7 @@ def ssp(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
         through `ancestors`.
     Source: Gerber, Chopin & Whiteley 2019, section 3; as a tree instead of a scan.
     """
-    sure, remainder = _split(cumulative_counts(log_weights, n))
+    sure, remainder = split_counts(cumulative_counts(log_weights, n))
     size = 1 << (remainder.size - 1).bit_length()
     part = jnp.pad(remainder, (0, size - remainder.size))
     item = jnp.arange(size, dtype=jnp.int32)
@@ -145,7 +145,7 @@ def ssp(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
         raised = raised.at[jnp.where(first, i, j)].add(full.astype(jnp.int32))
         item, part = jnp.where(first != full, i, j), p + q - full * PARTS
     # the fractional parts add up to an integer, so that the last open value is exactly zero
-    return _ancestors(prefix_sum(sure + raised[: sure.size]), n)
+    return ancestors_at(prefix_sum(sure + raised[: sure.size]), n)
 
 
 def killing(key: Key, log_weights: LogWeights, n: int) -> Ancestors:
@@ -183,23 +183,23 @@ def redraw(
     counts = cumulative_counts(log_weights, n)
     rank = prefix_sum(vacant.astype(jnp.int32))
     # only as many points as there are vacant slots: the first of n sorted ones would be small
-    drawn = _ancestors(_points_below(key, counts, rank[-1], n), n)
+    drawn = ancestors_at(points_below(key, counts, rank[-1], n), n)
     return jnp.where(vacant, drawn.at[rank - 1].get(mode="clip"), ancestors)
 
 
-def _uniform_parts(key: Key, shape: tuple[int, ...]) -> Int32[Array, "..."]:
+def uniform_parts(key: Key, shape: tuple[int, ...]) -> Int32[Array, "..."]:
     """Uniform fractional parts of a count."""
     return (jax.random.bits(key, shape, jnp.uint32) // (2**32 // PARTS)).astype(jnp.int32)
 
 
-def _split(counts: Counts) -> tuple[Int32[Array, " N"], Int32[Array, " N"]]:
+def split_counts(counts: Counts) -> tuple[Int32[Array, " N"], Int32[Array, " N"]]:
     """Whole and fractional parts of each particle's own expected offspring."""
     before = Counts(*(jnp.pad(x[:-1], (1, 0)) for x in counts))
     borrow = (counts.part < before.part).astype(jnp.int32)
     return counts.whole - before.whole - borrow, counts.part - before.part + borrow * PARTS
 
 
-def _points_below(
+def points_below(
     key: Key, counts: Counts, num_points: Int32[Array, ""] | int, n: int
 ) -> Int32[Array, " N"]:
     """How many of `num_points <= n` sorted uniform points in `[0, counts[-1])` lie below each."""

@@ -15,7 +15,7 @@ network calls.  What has been drawn so far already is an image, and that is what
 | `PatchCodec` | tokens of an image and back: one codebook of residual patches a scale |
 | `Diversity` | early scales: a look-ahead that spreads the population over clusters of images |
 
-The shipped network, its folder and `load_scales` are in `train_scales.py`.
+The shipped network, its folder and `load_scales` are in `scale_networks.py`.
 
 Tokens lie in one flat vector, coarse scales first; those not drawn yet hold V, which decodes to
 nothing.  With p the law of the unsteered program the target is `p(x) exp(lambda r(x))`, x the image of
@@ -150,7 +150,13 @@ def draw_scales(
     scale_of = np.repeat(np.arange(num_scales), codec.counts)
 
     def step(canvas: Canvas, scale: Scale) -> tuple[Canvas, None]:
-        log_probs = jax.nn.log_softmax(network(canvas.tokens, scale.number, told))
+        logits = network(canvas.tokens, scale.number, told)
+        if logits.shape != (len(scale_of), codec.vocabulary):
+            raise ValueError(
+                f"smcscale: the network gives logits of shape {logits.shape}, the codec has "
+                f"{len(scale_of)} tokens of {codec.vocabulary} kinds.\n  try: a network made for it."
+            )
+        log_probs = jax.nn.log_softmax(logits)
         law = transition(log_probs, canvas.tokens, scale.positions.astype(log_probs.dtype))
         tokens: Any = numpyro.sample("tokens", law)
         image = codec.decode(tokens)
@@ -286,10 +292,11 @@ class Diversity(eqx.Module):
     as many particles as there are clusters, each has one offspring on average.
 
     Attributes:
-        sizes: clusters before each row, 0 for none; the first entry is never used (nothing is drawn).
+        sizes: clusters before each row, 0 for none, as before rows beyond the last entry; the first
+            entry is never used (nothing is drawn).
         corrected: False keeps the member nearest each centroid and drops the weights, as
-            published: `bias = "no target"`. Use it with systematic resampling, which then takes
-            each kept one exactly once.
+            published: `bias = "no target"`. With systematic resampling to as many particles as there
+            are clusters each kept one is taken exactly once.
         features: `(canvas) -> (F,)`, what is compared: pixels unless a better eye is given.
         iterations: of Lloyd's algorithm, from a farthest-point start.
 
@@ -327,7 +334,7 @@ class Diversity(eqx.Module):
     ) -> LogWeights:
         """Log-weights `(N,)`; see the class."""
         alive = log_weights > -jnp.inf
-        wanted = jnp.asarray(self.sizes)[jnp.minimum(time, len(self.sizes) - 1)]
+        wanted = jnp.asarray(self.sizes).at[time].get(mode="fill", fill_value=0)
         points = jax.vmap(self.features)(states)
         member, distance = clusters(points, alive, wanted, self.iterations)
         each = jnp.arange(alive.size)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
@@ -34,7 +33,11 @@ def fit(
         average: share of the average that each step keeps.
         log: told the mean loss of the newest steps now and then.
         every: how many steps lie between; they are compiled together.
+    Raises:
+        ValueError: no steps.
     """
+    if steps < 1:
+        raise ValueError(f"smcscale: `steps` must be at least 1, got {steps}.")
 
     def step(state: tuple, key: Array) -> tuple[tuple, Array]:
         weights, averaged, memory = state
@@ -47,7 +50,8 @@ def fit(
     some_steps = jax.jit(lambda state, keys: jax.lax.scan(step, state, keys))
     state = (weights, weights, optimizer.init(weights))  # pyright: ignore[reportArgumentType]
     start = time.time()
-    for keys in jnp.split(jax.random.split(jax.random.key(seed), steps), max(1, steps // every)):
-        state, values = some_steps(state, keys)
+    keys = jax.random.split(jax.random.key(seed), steps)
+    for first in range(0, steps, every):
+        state, values = some_steps(state, keys[first : first + every])
         log(f"loss {float(values.mean()):.4f}, {time.time() - start:.0f} s", flush=True)
     return state[1]

@@ -19,7 +19,6 @@ The initial noise is scored with the first move, so that resampling comes one st
 `denoise`; the target is the same. Source: that of `denoise`.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from smcscale.feynman_kac import Capabilities, FeynmanKac, Weighted
-from smcscale.models.diffusion.potentials import Seen, Steering, nothing_seen, score
+from smcscale.models.diffusion.potentials import Seen, Steering, log_mean_exp, nothing_seen, score
 from smcscale.models.diffusion.predictors import Denoiser, Prediction
 from smcscale.models.diffusion.program import as_prediction
 from smcscale.models.diffusion.samplers import Proposed, ancestral
@@ -95,7 +94,7 @@ def host_denoise(
         published = Published(*published)
     walking = Walking(published.denoiser(InPieces(network, batch_size)), steering, sampler)
     program = FeynmanKac(
-        functools.partial(_start, published.schedule.initial_scale, shape),
+        eqx.Partial(_start, published.schedule.initial_scale, shape),
         walking,
         lambda previous, states, row: np.zeros(len(states.x), np.float32),
         capabilities=Capabilities(host=True, differentiable=False),
@@ -169,7 +168,7 @@ class Walking(NamedTuple):
             data = _guesses(steering, keys, state, row.low)
         flat: Any = np.array(data.reshape(-1, *data.shape[2:]), np.float32)
         rewards = _answer("reward", steering.reward(flat), flat.shape[:1])
-        return _weighed(steering, state.seen, rewards.reshape(count, -1), row)
+        return _weighed(steering, state.seen, jnp.asarray(rewards.reshape(count, -1)), row)
 
     def cost(self, previous: HostState, state: HostState, row: Walk) -> dict[str, np.ndarray]:
         """Calls of network and reward for each particle, `(M,)`."""
@@ -223,13 +222,12 @@ def _guesses(steering: Steering, keys: Array, state: HostState, level: Level) ->
 
 @eqx.filter_jit
 def _weighed(
-    steering: Steering, seen: Seen, rewards: Float[np.ndarray, "M guesses"], row: Walk
+    steering: Steering, seen: Seen, rewards: Float[Array, "M guesses"], row: Walk
 ) -> tuple[Seen, Array]:
     """Rewards with new ones, and log potentials `(M,)`."""
     full = jnp.asarray(steering.strength)
-    reward = jnp.asarray(rewards[:, 0])
+    reward = rewards[:, 0]
     if rewards.shape[1] > 1:
-        reward = jax.nn.logsumexp(full * rewards, axis=1) - jnp.log(rewards.shape[1])
-        reward = reward / full
+        reward = log_mean_exp(rewards, full)
     strength = full * jnp.where(row.last, 1, steering.tempering(row.made))
     return jax.vmap(lambda s, r: score(s, r, steering.rule, strength, row.last))(seen, reward)

@@ -113,6 +113,15 @@ def score(
     return known._replace(log_product=seen.log_product + log_potential), log_potential
 
 
+def log_mean_exp(
+    rewards: Float[Array, "*batch guesses"], strength: Array
+) -> Float[Array, "*batch"]:
+    """`log mean exp(lambda r) / lambda` over guesses; their mean where lambda is 0."""
+    some = jnp.where(strength == 0, 1, strength)
+    mean = jax.nn.logsumexp(some * rewards, axis=-1) - jnp.log(rewards.shape[-1])
+    return jnp.where(strength == 0, jnp.mean(rewards, axis=-1), mean / some)
+
+
 # ---- when to score
 
 
@@ -267,9 +276,7 @@ class Steering(eqx.Module):
         def noisy() -> Array:
             if guesses is None:
                 return self.read(x, prediction, level)
-            scaled = self.strength * jax.vmap(self.reward)(guesses)
-            mean = jax.nn.logsumexp(scaled) - jnp.log(self.num_guesses)
-            return mean / self.strength
+            return log_mean_exp(jax.vmap(self.reward)(guesses), jnp.asarray(self.strength))
 
         def scored() -> tuple[Seen, Array]:
             # reading the mean needs no second branch: at the last step it is the data

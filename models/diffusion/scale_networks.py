@@ -73,9 +73,11 @@ class ScaleMLP(nnx.Module):
         scale: Int[Array, "*batch"],
         label: Int[Array, "*batch"],
     ) -> Float[Array, "*batch L V"]:
-        """Logits; a negative label: any class."""
+        """Logits; a label outside the classes: any class."""
         classes = self.shape.num_classes
-        told = self.scale(scale) + self.label(jnp.where(label < 0, classes, label))
+        told = self.scale(scale) + self.label(
+            jnp.where((label < 0) | (label >= classes), classes, label)
+        )
         hidden = self.enter(image)
         for layer in self.layers:
             hidden = layer(hidden, told)
@@ -121,6 +123,8 @@ def load_scales(folder: str | Path) -> ScaleModel:
             f"smcscale: {folder / 'config.json'} is of model_type {config.get('model_type')!r}.\n"
             "  try: a folder of save_scales; any other network is a callable of one's own."
         )
+    if lacking := sorted(asdict(Shape()).keys() - config.keys()):
+        raise ValueError(f"smcscale: {folder / 'config.json'} lacks {', '.join(lacking)}.")
     sizes: dict[str, Any] = {name: config[name] for name in asdict(Shape())}
     shape = Shape(**{**sizes, "counts": tuple(sizes["counts"])})
     graph, state = nnx.split(nnx.eval_shape(lambda: ScaleMLP(shape, nnx.Rngs(0))))
@@ -143,6 +147,3 @@ def load_scales(folder: str | Path) -> ScaleModel:
 
 def _name(path: tuple) -> str:
     return ".".join(map(str, path))
-
-
-# ---- how it was made

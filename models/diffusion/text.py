@@ -269,7 +269,14 @@ def load_text(folder: str | Path) -> TextDenoiser:
             f"{characters!r}.\n  try: a folder of save_text; `unmask` takes any other network "
             "as a callable."
         )
+    if lacking := sorted(asdict(Shape()).keys() - config.keys()):
+        raise ValueError(f"smcscale: {folder / 'config.json'} lacks {', '.join(lacking)}.")
     shape = Shape(**{name: int(config[name]) for name in asdict(Shape())})
+    if shape.width % shape.num_heads:
+        raise ValueError(
+            f"smcscale: {folder / 'config.json'} divides a width of {shape.width} among "
+            f"{shape.num_heads} heads."
+        )
     skeleton = eqx.filter_eval_shape(TextDenoiser, shape, jax.random.key(0))
     expected, structure = _named(skeleton)
     tensors = parameters.load(folder / "model.safetensors")

@@ -40,9 +40,10 @@ from smcscale.models.diffusion.text import (
 
 
 def loss(network: Network, tokens: Int[Array, "B L"], key: PRNGKeyArray) -> Float[Array, " B"]:
-    """Unbiased draws of the bound on `-log p(results | question)`, nats, one for each line.
+    """Draws of the bound on `-log p(results | question)`, nats; their mean is unbiased.
 
-    The levels of the lines are spread evenly over (0, 1), which leaves each of them uniform.
+    The levels are spread evenly over (0, 1), the lowest for the first line and so on: of lines in random
+    order the mean has less variance; a single line's number says nothing.
 
     Args:
         network: its table must be normalized, as that of `TextDenoiser` is.
@@ -52,6 +53,7 @@ def loss(network: Network, tokens: Int[Array, "B L"], key: PRNGKeyArray) -> Floa
     shift, hide = jax.random.split(key)
     count = tokens.shape[0]
     tau = (jnp.arange(count) + jax.random.uniform(shift, (count,))) / count
+    tau = jnp.maximum(tau, 1e-7)
     drawn = jax.random.uniform(hide, tokens.shape) < tau[:, None]
     hidden = drawn & (jnp.arange(LENGTH) >= PROMPT)
     log_probs = jax.vmap(network)(jnp.where(hidden, MASK, tokens), 1 - tau)

@@ -22,7 +22,7 @@
 | `host_program`, `judging` | `reason` with a judge in plain Python |
 | `remote`, `remote_program`, `server` | models behind an OpenAI-compatible server |
 | `gguf_folder`, `smollm2` | GGUF files as model folders; a small pretrained model by pip |
-| `beds`, `puzzles`, `known_model` | models whose every probability is known, and tasks with exact answers on them |
+| `beds`, `mazes`, `countdown`, `known_model` | models whose every probability is known, and tasks with exact answers on them |
 | `evidence_signal`, `equations` | does the evidence know who is right; a judge of equations |
 | `tree`, `grow`, `pictures` | a run as one tree of its texts; pictures |
 | `tree_search`, `phi_decoding` | searches with a tree of their own |

@@ -11,7 +11,7 @@
 | `bayes_net`, `chains` | values of the variables of a chain | what was observed of them | a variable's value | elimination |
 | `weighted_automaton`, `weighted_automata` | a string of letters | its weight | its length | products of matrices |
 
-More beds, where paths and operations are searched for, are in `puzzles.py`.  All have `KnownModel`s
+More beds, where paths and operations are searched for, are in `mazes.py`, `countdown.py`.  All have `KnownModel`s
 as writers and rewards that are functions of the text.  Under `EXACT`, the potential `difference` of
 scores that are not clipped, the target is `p(y) r(y)`, its evidence `E_p[r]`.  Plurals make random ones from a seed, all of one shape, so
 that they share compiled programs.  Exact sums are in float64, by NumPy, and use nothing of the runs.

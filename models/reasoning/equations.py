@@ -1,7 +1,7 @@
 """A judge without a model: are the equations of a solution right, and do their numbers come from somewhere?
 
     judge = EquationJudge("Tom has 4 boxes with 3 pens in each. He gives away 5 pens. How many are left?")
-    judge(None, ["4 * 3 = 12\n12 - 5 = 7\nAnswer: 7"])         # [0.99]
+    judge(None, ["4 * 3 = 12\\n12 - 5 = 7\\nAnswer: 7"])       # [0.99]
 
 A text of a language model that reckons line by line is checked for what can be checked without knowing
 the solution. Its score is 0.99 times a factor for every fault:
@@ -14,7 +14,9 @@ the solution. Its score is 0.99 times a factor for every fault:
 | a line without an equation, before the answer | 0.7 |
 | an answer that is no result of the text | 0.05 |
 
-A wrong plan with right sums passes: it is a verifier that errs on one side.
+A left side is any chain of numbers and `+ - * / x`, multiplied before added, without brackets. A wrong plan
+with right sums passes; a right solution in another form (brackets, the result first, number words above
+twelve) loses a little.
 """
 
 import re
@@ -25,8 +27,12 @@ from typing import Any
 import equinox as eqx
 import numpy as np
 
-_NUMBER = r"(?<![\w.])(\d+(?:\.\d+)?)"
-_EQUATION = re.compile(rf"{_NUMBER}\s*([-+*/x×÷])\s*(\d+(?:\.\d+)?)\s*=\s*(-?\d+(?:\.\d+)?)")
+_DIGITS = r"\d+(?:\.\d+)?"
+_SIGNS = r"[-+*/x×÷]"
+#: a whole left side: nothing that belongs to it stands before it
+_EQUATION = re.compile(
+    rf"(?<![\w.)+*/×÷-])\$?({_DIGITS}(?:\s*{_SIGNS}\s*\$?{_DIGITS})+)\s*=\s*\$?(-?{_DIGITS})"
+)
 _ANSWER = re.compile(r"answer\D*?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _WORDS = {
     word: float(value)
@@ -70,16 +76,16 @@ class EquationJudge(eqx.Module):
         known = Counter(numbers(self.question))
         results: set[float] = set()
         factor = 0.99
-        for line in filter(None, (line.strip() for line in text.split("\n"))):
+        for line in filter(None, (plain(line) for line in text.split("\n"))):
             said = self.answer.search(line)
             found = _EQUATION.findall(line)
             if said is not None and not found:
                 factor *= 1.0 if float(said[1]) in results else 0.05
                 continue
             factor *= 1.0 if found else 0.7
-            for left, sign, right, told in found:
-                operands, value = (float(left), float(right)), float(told)
-                factor *= 1.0 if holds(sign, *operands, value) else 0.05
+            for left, told in found:
+                operands, value = [float(n) for n in re.findall(_DIGITS, left)], float(told)
+                factor *= 1.0 if abs(reckoned(left) - value) < 1e-6 else 0.05
                 for operand in operands:
                     if operand not in known:
                         factor *= 0.2
@@ -92,15 +98,27 @@ class EquationJudge(eqx.Module):
         return factor
 
 
+def plain(text: str) -> str:
+    """A text without the commas that set off thousands, and without space around it."""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text).strip()
+
+
 def numbers(text: str) -> Iterable[float]:
     """Numbers of a text, in digits and in words."""
-    yield from (float(found) for found in re.findall(_NUMBER, text))
+    text = plain(text)
+    yield from (float(found) for found in re.findall(rf"(?<![\w.]){_DIGITS}", text))
     yield from (_WORDS[word] for word in re.findall(r"[a-z]+", text.lower()) if word in _WORDS)
 
 
-def holds(sign: str, left: float, right: float, value: float) -> bool:
-    """Whether `left sign right = value`."""
-    if sign in "/÷":
-        return right != 0 and abs(left / right - value) < 1e-6
-    found = {"+": left + right, "-": left - right}.get(sign, left * right)
-    return abs(found - value) < 1e-6
+def reckoned(left: str) -> float:
+    """The value of a chain of numbers and signs, products before sums; NaN where it divides by 0."""
+    parts = re.findall(rf"{_DIGITS}|{_SIGNS}", left)
+    terms = [float(parts[0])]
+    for sign, number in zip(parts[1::2], map(float, parts[2::2]), strict=True):
+        if sign in "+-":
+            terms.append(number if sign == "+" else -number)
+        elif sign in "/÷":
+            terms[-1] = terms[-1] / number if number else float("nan")
+        else:
+            terms[-1] *= number
+    return sum(terms)

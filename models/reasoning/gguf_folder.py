@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from smcscale.models import parameters
 
@@ -101,6 +101,12 @@ def _config(fields: Mapping[str, Any], tied: bool) -> dict[str, Any]:
             "  try: the model's Hugging Face folder."
         )
     heads, width = fields["llama.attention.head_count"], fields["llama.embedding_length"]
+    head_size = fields.get("llama.attention.key_length", width // heads)
+    if fields.get("llama.rope.dimension_count", head_size) != head_size:
+        raise ValueError(
+            "smcscale: this file rotates a part of each head only, which is not converted.\n"
+            "  try: the model's Hugging Face folder."
+        )
     ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -110,7 +116,7 @@ def _config(fields: Mapping[str, Any], tied: bool) -> dict[str, Any]:
         "num_hidden_layers": fields["llama.block_count"],
         "num_attention_heads": heads,
         "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
-        "head_dim": fields.get("llama.attention.key_length", width // heads),
+        "head_dim": head_size,
         "intermediate_size": fields["llama.feed_forward_length"],
         "hidden_act": "silu",
         "rope_theta": float(fields.get("llama.rope.freq_base", 10000.0)),
@@ -139,6 +145,11 @@ def _tokenizer(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
     found.decoder = decoders.ByteLevel()
     added = [(t, k) for t, k in zip(tokens, kinds, strict=True) if k in _WHOLE]
     found.add_tokens([AddedToken(t, special=k == _SPECIAL, normalized=False) for t, k in added])
+    if fields.get("tokenizer.ggml.add_bos_token"):
+        first = fields["tokenizer.ggml.bos_token_id"]
+        found.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[first]} $A", special_tokens=[(tokens[first], first)]
+        )
     return found
 
 

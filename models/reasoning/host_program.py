@@ -4,7 +4,7 @@
         return [share_of_right_equations(text) for text in texts]
 
     smc = SMC(ParticleFilter(host_reason(lm, judge, prompt), store="last"), num_particles=16)
-    smc.run(key, num_steps=12)
+    smc.run(key)
     texts_of(smc, lm)
 
 All particles write their step in one compiled call, then the judge reads all new texts, each once.
@@ -12,7 +12,6 @@ Sites and targets are those of `reason`; a reward that JAX can compute runs ther
 (`rewards.RewardFunction`).
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -55,7 +54,7 @@ class Writing(NamedTuple):
     async def __call__(self, keys: Array, previous: JudgedState, row: Any) -> Weighted:
         """States `(M,)` after one more step; finished ones stay as they are."""
         step, correction = _written(self.lm, keys, previous.step)
-        new = np.asarray(step.step_length) > 0
+        new = np.asarray(step.written.length > step.written.begin)
         tokens, lengths = np.asarray(step.written.tokens), np.asarray(step.written.length)
         texts = [self.lm.decode(tokens[i, : lengths[i]]) for i in np.flatnonzero(new)]
         scores = np.array(previous.score)
@@ -65,7 +64,8 @@ class Writing(NamedTuple):
 
     def cost(self, previous: JudgedState, state: JudgedState, row: Any) -> dict[str, np.ndarray]:
         """Tokens written for the newest steps, `(M,)`."""
-        return {"tokens": np.asarray(state.step.step_length)}
+        written = state.step.written
+        return {"tokens": np.asarray(written.length - written.begin)}
 
 
 @eqx.filter_jit
@@ -108,7 +108,7 @@ def host_reason(
         judge: `(prompt, texts) -> scores` in [0, 1] of the newest steps, `(len(texts),)`; may be
             `async`.
         prompt: text, or token ids such as those of `lm.chat`; the judge gets what is given here.
-        max_steps: rows of the run, `SMC.run(key, num_steps=max_steps)`.
+        max_steps: rows of the run.
         potential, finished, unfinished: as in `reason`; the targets are the same.
     Raises:
         TypeError, ValueError: by argument name.
@@ -126,24 +126,27 @@ def host_reason(
     writing = Writing(given, judge, prompt, rule)
 
     def log_potential(previous: JudgedState, state: JudgedState, row: Any) -> np.ndarray:
-        over = np.asarray(previous.step.finished)
+        over = np.asarray(previous.step.written.finished)
         weights = judging.weights(rule, state.tally)
         if finished == "absorb":
             weights = np.where(over, 0.0, weights)
         if unfinished == "drop":
-            last = np.asarray(state.step.finished) | (np.asarray(state.tally.steps) == max_steps)
+            last = np.asarray(state.step.written.finished) | (
+                np.asarray(state.tally.steps) == max_steps
+            )
             cut = ~over & last & ~np.asarray(_ended(given, state.step))
             weights = np.where(cut, -np.inf, weights)
         return weights
 
     return FeynmanKac(
-        functools.partial(_nothing_written, given),
+        eqx.Partial(_nothing_written, given),
         writing,
         log_potential,
         heavy=TextState.heavy,
         capabilities=Capabilities(host=True, differentiable=False),
         record=_kept,
         cost=writing.cost,
+        num_steps=max_steps,
     )
 
 

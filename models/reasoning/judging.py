@@ -4,6 +4,7 @@ A judge is `(prompt, texts) -> scores`, in [0, 1], one for the newest step of ea
 `async`. `judge_of` makes one of a `ProcessRewardModel`. Texts that are equal are judged once.
 """
 
+import asyncio
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -49,16 +50,25 @@ async def scores(judge: Judge, prompt: Any, texts: Sequence[str]) -> np.ndarray:
 
     Raises:
         TypeError: the judge returns another number of scores than it was given texts.
+        ValueError: a score outside [0, 1].
     """
     different = sorted(set(texts))
     if not different:
         return np.zeros(0)
-    found = judge(prompt, different)
+    # in another thread than this loop's: a judge may start a loop, or a run, of its own
+    found = await asyncio.to_thread(judge, prompt, different)
     found = np.asarray(await found if inspect.isawaitable(found) else found, float)
     if found.shape != (len(different),):
         raise TypeError(
             f"smcscale: the reward of {len(different)} texts has shape {found.shape}.\n"
             "  try: `(prompt, texts) -> (len(texts),)`."
+        )
+    wrong = ~((found >= 0) & (found <= 1))
+    if wrong.any():
+        text = different[int(wrong.argmax())]
+        raise ValueError(
+            f"smcscale: the judge gives {found[wrong.argmax()]} to {text[-60:]!r}.\n"
+            "  try: a score in [0, 1], such as the sigmoid of a logit."
         )
     told = dict(zip(different, found, strict=True))
     return np.array([told[text] for text in texts])

@@ -10,7 +10,7 @@
 | `MarkovLaw` | a law that looks at the newest token and the place only |
 
 Every probability of a text is a sum of `law`, so evidence and answers can be had exactly, by
-enumeration or better: `beds.py`, `puzzles.py`.  There is no prompt, as the law is of one problem.
+enumeration or better: `beds.py`, `mazes.py`, `countdown.py`.  There is no prompt, as the law is of one problem.
 """
 
 from collections.abc import Callable

@@ -5,7 +5,7 @@
 
     program = obeying(lm, can_be_right, prompt)
     smc = SMC(ParticleFilter(program, store="last"), num_particles=64)
-    smc.run(key, num_steps=lm.max_tokens)
+    smc.run(key)
     smc.log_evidence                                           # log probability that the model obeys
 
 A token is a step of time. It is drawn by adaptive weighted rejection sampling (`awrs.py`), which asks the
@@ -57,7 +57,7 @@ class Writing(NamedTuple):
         """States `(M,)` one token on, and the log-weights of the draws; finished ones wait."""
         text = previous.step
         log_probs, suffix = _ahead(self.lm, text)
-        over = np.asarray(text.finished)
+        over = np.asarray(text.written.finished)
         written, lengths = np.asarray(text.written.tokens), np.asarray(text.written.length)
         seeds, laws = np.asarray(jax.random.key_data(keys)), np.asarray(log_probs, np.float64)
         tokens, calls = np.zeros(len(over), np.int32), np.zeros(len(over), np.int32)
@@ -78,7 +78,7 @@ class Writing(NamedTuple):
     def cost(self, previous: Obeying, state: Obeying, row: Any) -> dict[str, np.ndarray]:
         """Tokens written and calls of the predicate, `(M,)`."""
         return {
-            "tokens": np.asarray(state.step.step_length),
+            "tokens": np.asarray(state.step.written.length - state.step.written.begin),
             "predicate_calls": np.asarray(state.calls),
         }
 
@@ -102,6 +102,10 @@ def _nothing_written(lm: LanguageModel, key: Array) -> Obeying:
     return Obeying(lm.start(), jnp.zeros((), jnp.int32))
 
 
+def _kept(state: Obeying) -> dict[str, TextState]:
+    return {"step": state.step}
+
+
 def obeying(
     lm: LanguageModel,
     accepts: Callable[[str, bool], bool],
@@ -115,10 +119,10 @@ def obeying(
         lm: writes, with a tokenizer; p is its law under `lm.prior`, its steps do not count.
         accepts: `(text, finished) -> bool`: whether a text so far may still become one that obeys, and
             of a finished one (its end token is not in the text) whether it does. A text that fills the
-            room is finished.
+            room is finished. Of byte-level tokens, a text so far may end inside a character, as U+FFFD;
+            special tokens other than the end do not show.
         prompt: text, token ids, or `lm.read(prompt)`; the predicate does not see it.
-        num_tokens: the most tokens of a text, and rows of the run, `SMC.run(key,
-            num_steps=num_tokens)`; by default `lm.max_tokens`.
+        num_tokens: the most tokens of a text, and rows of the run; by default `lm.max_tokens`.
     Raises:
         TypeError, ValueError: by argument name.
     """
@@ -137,11 +141,12 @@ def obeying(
     given = lm.given(prompt)
     writing = Writing(given, accepts, room)
     return FeynmanKac(
-        functools.partial(_nothing_written, given),
+        eqx.Partial(_nothing_written, given),
         writing,
         lambda previous, states, row: np.zeros(len(states.calls), np.float32),
         heavy=TextState.heavy,
         capabilities=Capabilities(host=True, differentiable=False),
-        record=lambda state: {"step": state.step},
+        record=_kept,
         cost=writing.cost,
+        num_steps=room,
     )

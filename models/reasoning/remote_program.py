@@ -2,7 +2,7 @@
 
     program = remote_reason(lm, judge, prompt, max_steps=12)
     smc = SMC(ParticleFilter(program), num_particles=16)
-    smc.run(key, num_steps=12)
+    smc.run(key)
     texts_of(smc)                                              what the particles wrote
 
 `judge` is a `ProcessRewardModel`, a `RemoteRewardModel`, or any `(prompt, texts) -> scores`, also
@@ -129,7 +129,7 @@ def remote_reason(
         judge: `ProcessRewardModel`, `RemoteRewardModel`, or `(prompt, texts) -> scores` in [0, 1]
             of the newest steps, `(len(texts),)`; may be `async`.
         prompt: text, as the model is to read it.
-        max_steps: rows of the run, `SMC.run(key, num_steps=max_steps)`.
+        max_steps: rows of the run.
         potential, finished, unfinished: as in `reason`; the targets are the same.
     Raises:
         TypeError, ValueError: by argument name.
@@ -157,6 +157,7 @@ def remote_reason(
         capabilities=Capabilities(host=True, differentiable=False),
         record=_kept,
         cost=writing.cost,
+        num_steps=max_steps,
     )
 
 

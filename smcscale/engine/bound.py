@@ -52,6 +52,14 @@ def bind(pf: Any, args: tuple, kwargs: dict, num_steps: int | None) -> Bound:
         )
     if lengths:
         num_steps = lengths.pop()
+    own = pf.program.num_steps
+    if own is not None:
+        if num_steps not in (None, own):
+            raise ValueError(
+                f"smcscale: this model has {own} rows, and the run asks for {num_steps}; its target "
+                "would be another.\n  try: run(key), or a model of so many rows."
+            )
+        num_steps = own
     if not num_steps or num_steps < 1:
         raise ValueError(
             "smcscale: the number of steps is not known.\n"
@@ -81,6 +89,7 @@ def _proposed(model: FeynmanKac, proposal: Any) -> FeynmanKac:
         capabilities=model.capabilities,
         record=model.record,
         cost=model.cost,
+        num_steps=model.num_steps,
     )
 
 

@@ -39,6 +39,7 @@ def compiled_part(pf: Any) -> Any:
         heavy=model.heavy,
         capabilities=model.capabilities,
         record=model.record,
+        num_steps=model.num_steps,
     )
     return eqx.tree_at(lambda f: f.program, pf, stand_in)
 

@@ -146,15 +146,15 @@ MUTATIONS = [
     Mutation(
         "stratified resampling with one uniform for all strata",
         "kernels/resampling/schemes.py",
-        "points = _uniform_parts(key, (n,))",
-        "points = jnp.broadcast_to(_uniform_parts(key, (1,)), (n,))",
+        "points = uniform_parts(key, (n,))",
+        "points = jnp.broadcast_to(uniform_parts(key, (1,)), (n,))",
         "tests/kernels/test_resampling.py -k 'variance_of_a_sum'",
     ),
     Mutation(
         "residual resampling without its sure copies",
         "kernels/resampling/schemes.py",
-        "return _ancestors(sure + drawn, n)",
-        "return _ancestors(drawn, n)",
+        "return ancestors_at(sure + drawn, n)",
+        "return ancestors_at(drawn, n)",
         "tests/kernels/test_resampling.py -k 'offspring and residual'",
     ),
     Mutation(

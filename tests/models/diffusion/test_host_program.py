@@ -16,7 +16,7 @@ from support.montecarlo import assert_mean
 K, MEAN, VARIANCE, SLOPE = 6, 0.7, 0.4, 1.3
 SCHEDULE = schedules.vp_cosine(K)
 #: comparisons of evidence in this file
-FAMILY = 4
+FAMILY = 6
 
 
 def noise(x, tau):

@@ -16,7 +16,7 @@ from smcscale.kernels.annealing import ESSFloor, FromEntropy, FromESS, FromProgr
 from smcscale.kernels.resampling import FanOut, Rejection
 from smcscale.kernels.tilts import Optimal
 from smcscale.kernels.triggers import always
-from smcscale.models.reasoning import beds, methods, puzzles
+from smcscale.models.reasoning import beds, countdown, mazes, methods
 from smcscale.models.reasoning.beds import STOP
 from smcscale.models.reasoning.decode import TextState, Written
 from smcscale.models.reasoning.known_model import KnownModel, MarkovLaw
@@ -34,9 +34,9 @@ def bed(name):
         "markov": lambda: beds.markov_texts(0, 1)[0],
         "net": lambda: beds.chains(1, 1)[0],
         "automaton": lambda: beds.weighted_automata(0, 1)[0],
-        "maze": lambda: puzzles.mazes(0, 1)[0],
-        "noisy maze": lambda: puzzles.mazes(0, 1, noise=1.0)[0],
-        "countdown": lambda: puzzles.countdown(NUMBERS, TARGET),
+        "maze": lambda: mazes.mazes(0, 1)[0],
+        "noisy maze": lambda: mazes.mazes(0, 1, noise=1.0)[0],
+        "countdown": lambda: countdown.countdown(NUMBERS, TARGET),
     }[name]()
 
 
@@ -86,14 +86,14 @@ def test_evidence_and_posterior_are_those_of_all_texts(name):
 
 @pytest.mark.parametrize(("numbers", "target"), [((2, 5, 7), 14), ((6, 6, 4), 20), ((9, 8, 1), 50)])
 def test_countdown_is_that_of_all_texts(numbers, target):
-    given = puzzles.countdown(numbers, target)
+    given = countdown.countdown(numbers, target)
     tokens, lengths, probability, score = enumerated(given.lm, given.reward)
     np.testing.assert_allclose(probability.sum(), 1.0, atol=1e-5)
     np.testing.assert_allclose(probability @ score, given.evidence, atol=1e-6)
     solved = (probability > 0) & (score == 1)
-    assert solved.sum() == puzzles.solvable(numbers, target)
+    assert solved.sum() == countdown.solvable(numbers, target)
     for text, length in zip(tokens[probability > 0], lengths[probability > 0], strict=True):
-        right = puzzles.check(given.text(text[:length]), numbers, target)
+        right = countdown.check(given.text(text[:length]), numbers, target)
         row = (tokens == text).all(1)
         assert right == bool(score[row][0] == 1)
     if given.evidence:
@@ -113,7 +113,7 @@ def expressions(numbers):
             rest = [n for k, n in enumerate(numbers) if k not in part]
             for a in expressions([numbers[k] for k in part]):
                 for b in expressions(rest):
-                    made = (puzzles.applied(a, b, sign) for sign in puzzles.SIGNS)
+                    made = (countdown.applied(a, b, sign) for sign in countdown.SIGNS)
                     found |= {value for value in made if value is not None}
     return found
 
@@ -124,11 +124,11 @@ def test_solvability_is_that_of_all_expressions(numbers):
     reached = set().union(*(expressions(list(s)) for s in sets))
     for target in range(1, 120):
         if target not in numbers:
-            assert (puzzles.solvable(numbers, target) > 0) == (target in reached)
+            assert (countdown.solvable(numbers, target) > 0) == (target in reached)
 
 
 def test_the_checker_takes_only_what_is_left():
-    right = lambda text: puzzles.check(text, (2, 3, 4, 6), 24)
+    right = lambda text: countdown.check(text, (2, 3, 4, 6), 24)
     assert right("6 * 4 = 24")
     assert right("3 - 2 = 1\n6 * 1 = 6\n6 * 4 = 24\n")
     assert right("6 / 3 = 2\n2 * 2 = 4\n4 + 4 = 8") is False  # not the target
@@ -137,23 +137,23 @@ def test_the_checker_takes_only_what_is_left():
     assert not right("2 * 12 = 24")  # 12 was never made
     assert not right("6 * 4 = 25") and not right("4 - 6 = 24") and not right("")
     assert not right("6 * 4 = 24 ok") and not right("6 * 4 = 24\nso it is 24")
-    assert not puzzles.check("0 / 0 = 24", (0, 0), 24)
+    assert not countdown.check("0 / 0 = 24", (0, 0), 24)
 
 
 def test_random_countdowns_can_be_solved_but_not_at_once():
-    for numbers, target in puzzles.countdowns(3, 4, size=4):
-        assert puzzles.solvable(numbers, target) > 0
-        assert all(puzzles.applied(a, b, s) != target
-                   for a, b in itertools.combinations(numbers, 2) for s in puzzles.SIGNS)  # fmt: skip
-    assert puzzles.countdowns(3, 2) == puzzles.countdowns(3, 4)[:2]
+    for numbers, target in countdown.countdowns(3, 4, size=4):
+        assert countdown.solvable(numbers, target) > 0
+        assert all(countdown.applied(a, b, s) != target
+                   for a, b in itertools.combinations(numbers, 2) for s in countdown.SIGNS)  # fmt: skip
+    assert countdown.countdowns(3, 2) == countdown.countdowns(3, 4)[:2]
 
 
 def test_walks_are_counted_by_hand_and_by_enumeration():
     square = np.array([[0, 1, 1, 0], [1, 0, 0, 1], [1, 0, 0, 1], [0, 1, 1, 0]]) / 2
     # 0 -> {1, 2} -> 3 in two moves; in four moves one detour over 0
-    assert puzzles.num_walks(square, 0, 3, 2) == 2
-    assert puzzles.num_walks(square, 0, 3, 4) == 2 + 4
-    given = puzzles.navigation(square, 0, 3, num_moves=4)
+    assert mazes.num_walks(square, 0, 3, 2) == 2
+    assert mazes.num_walks(square, 0, 3, 4) == 2 + 4
+    given = mazes.navigation(square, 0, 3, num_moves=4)
     assert given.evidence == 0.5 + 0.25
     _, _, probability, score = enumerated(given.lm, given.reward)
     assert ((probability > 0) & (score == 1)).sum() == 6
@@ -176,13 +176,13 @@ def test_what_is_no_bed_is_refused():
     with pytest.raises(ValueError, match="largest sum"):
         beds.weighted_automaton([1.0], [[1.0]], [1.0], [[[2.0]]], [2.0], room=2)
     with pytest.raises(ValueError, match="none of them"):
-        puzzles.countdown((3, 4), 4)
+        countdown.countdown((3, 4), 4)
     with pytest.raises(ValueError, match="same node"):
-        puzzles.navigation(np.eye(2), 1, 1, num_moves=2)
+        mazes.navigation(np.eye(2), 1, 1, num_moves=2)
     with pytest.raises(TypeError, match="no network"):
         bed("markov").lm.model  # noqa: B018
     with pytest.raises(ValueError, match="not possible"):
-        puzzles.written((2, 3), [puzzles.SIGNS.index("/")])
+        countdown.written((2, 3), [countdown.SIGNS.index("/")])
 
 
 # ---- the model

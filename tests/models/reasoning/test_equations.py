@@ -24,11 +24,22 @@ QUESTION = (
         ("4 * 3 = 12\n12 - 5 = 7\nAnswer: 12\n", 1.0),  # a wrong plan is not seen
         ("4 * 3 = 12\nAnswer: 8\n", 0.05),
         ("3 / 0 = 3\n", 0.05 * 0.2),
+        ("4 * 3 - 5 = 7\n", 1.0),
+        ("4 + 3 + 5 = 12\nAnswer: 12", 1.0),
+        ("5 + 4 * 3 = 17\n", 1.0),
+        ("5 + 4 * 3 = 27\n", 0.05),
+        ("So $4 * $3 = $12.\n", 1.0),
+        ("(4 + 5) / 3 = 3\n", 0.7),  # brackets are not read, and nothing inside is either
         ("4 * 3 = 13\n13 - 5 = 9\nAnswer: 9\n", 0.05**2),
     ],
 )
 def test_faults_by_hand(text, factor):
     assert EquationJudge(QUESTION).score(text) == pytest.approx(0.99 * factor)
+
+
+def test_thousands_and_words():
+    judge = EquationJudge("A shop has 1,200 cups and sells twelve boxes of 100.")
+    assert judge.score("12 * 100 = 1,200\n1,200 - 1,200 = 0\n") == pytest.approx(0.99)
 
 
 def test_many_texts_at_once():

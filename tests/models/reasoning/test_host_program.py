@@ -1,5 +1,7 @@
 """`host_reason`: a Python judge of a model small enough to enumerate; judged once; refusals."""
 
+import asyncio
+
 import jax
 import numpy as np
 import pytest
@@ -14,6 +16,16 @@ from smcscale.models.reasoning.potentials import difference, product
 from smcscale.models.reasoning.tokenizer import Tokenizer
 from support.montecarlo import assert_mean
 from support.reasoning import tiny
+
+_COMPILED = []
+
+
+def _listen(event, duration, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+        _COMPILED.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
 
 STEPS = 3
 WORDS = {"<end>": tiny.STOP, "<next>": tiny.BREAK, "a": tiny.A, "b": tiny.B}
@@ -49,7 +61,7 @@ def run(potential=difference, num_particles=8, num_runs=1, judge=judge, **option
         ParticleFilter(program, trigger=triggers.always, store="last"),
         num_particles=num_particles, num_runs=num_runs, progress_bar=False,
     )  # fmt: skip
-    smc.run(jax.random.key(5), num_steps=STEPS)
+    smc.run(jax.random.key(5))
     return smc
 
 
@@ -92,10 +104,41 @@ def test_a_judge_may_be_async():
     np.testing.assert_array_equal(now.log_evidence, then.log_evidence)
 
 
+def test_a_judge_may_run_a_loop_of_its_own():
+    async def answer(texts):
+        return judge(PROMPT, texts)
+
+    mine, plain = run(judge=lambda prompt, texts: asyncio.run(answer(texts))), run()
+    np.testing.assert_array_equal(mine.log_evidence, plain.log_evidence)
+
+
+@pytest.mark.compile
+def test_another_prompt_compiles_nothing():
+    """Programs of two prompts of one size share what is compiled."""
+
+    def other(prompt, texts):
+        return [0.5] * len(texts)
+
+    def once(prompt):
+        program = host_reason(LM, other, prompt, max_steps=STEPS)
+        smc = SMC(ParticleFilter(program, store="last"), num_particles=4, progress_bar=False)
+        smc.run(jax.random.key(0))
+
+    once("a a b")
+    before = len(_COMPILED)
+    once("b a a")
+    assert len(_COMPILED) == before
+
+
 @pytest.mark.refusal
 def test_what_does_not_fit_is_refused():
     with pytest.raises(TypeError, match=r"the reward of \d texts has shape \(1,\)"):
         run(judge=lambda prompt, texts: [0.5])
+    with pytest.raises(ValueError, match=r"the judge gives 7.0 to '[ab<>; a-z]*'"):
+        run(judge=lambda prompt, texts: [7.0] * len(texts))
+    program = host_reason(LM, judge, PROMPT, max_steps=STEPS)
+    with pytest.raises(ValueError, match="this model has 3 rows, and the run asks for 2"):
+        SMC(ParticleFilter(program), num_particles=2).run(jax.random.key(0), num_steps=2)
     with pytest.raises(TypeError, match="`judge` must be a function, got int"):
         run(judge=3)
     with pytest.raises(ValueError, match='`finished` must be "absorb" or "reweigh"'):

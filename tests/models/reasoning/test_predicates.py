@@ -63,7 +63,7 @@ def run(accepts=obeys, lm=LM, num_particles=8, num_runs=1, **options):
         ParticleFilter(program, store="last"),
         num_particles=num_particles, num_runs=num_runs, on_dead="return", progress_bar=False,
     )  # fmt: skip
-    smc.run(jax.random.key(3), num_steps=ROOM)
+    smc.run(jax.random.key(3))
     return smc
 
 

@@ -1,20 +1,14 @@
-"""Problems for `reason` that are searched for a solution: paths in a graph, and Countdown.
-
-| bed | a text is | reward | answer | exact by |
-|---|---|---|---|---|
-| `navigation`, `mazes` | moves along edges, until the goal | the goal is reached | first move | dynamic programming |
-| `countdown` of `countdowns` | operations on what is left, until the target | the target is reached | first operation | search |
+"""A bed of `reason` with an exact checker: Countdown, operations on numbers until the target is reached.
 
     solvable(numbers, target)        how many texts reach the target
     check(text, numbers, target)     whether a text is a right solution: the exact checker
 
-Here the reward of a finished text is 1 or 0, so under `beds.EXACT` the evidence is the probability that the model
-solves the problem in one text.  Scores on the way only guide: exact ones, noisy ones, or a guess.
-Read `beds.py` first, for `Bed`.
+A text is operations on what is left, its reward that the target is reached, its answer the first operation;
+exact by search.  Under `beds.EXACT` the evidence is the probability that the model solves the problem in one
+text.  Scores on the way are a guess.  Read `beds.py` first, for `Bed`.
 
-Source: Todorov 2006, section 2 (value functions of a random walk); Gandhi et al. 2024, "Stream of
-Search" (arXiv 2404.03683), for Countdown as a task of language models; texts there use every
-number, here as in the television game they need not.
+Source: Gandhi et al. 2024, "Stream of Search" (arXiv 2404.03683), for Countdown as a task of language models;
+texts there use every number, here as in the television game they need not.
 """
 
 import functools
@@ -30,121 +24,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from smcscale.models.reasoning.beds import Bed
-from smcscale.models.reasoning.known_model import KnownModel, MarkovLaw
+from smcscale.models.reasoning.known_model import KnownModel
 from smcscale.models.reasoning.language_model import TextState
 from smcscale.models.reasoning.rewards import RewardFunction
-
-# ---- graph navigation
-
-
-class Promise(eqx.Module):
-    """Score of a walk: what is known of where it stands, given the moves that are left.
-
-    Attributes:
-        values: `(T, V)`, in [0, 1]; row t is for walks of t + 1 moves.
-    """
-
-    values: Float[Array, "T V"]
-
-    def __call__(self, state: TextState) -> Float[Array, ""]:
-        """The score `()` of the walk so far."""
-        place = jnp.maximum(state.written.length - 1, 0)
-        return self.values[place, state.written.tokens[place]]
-
-
-def navigation(
-    table: Any, start: int, goal: int, *, num_moves: int, noise: float = 0.0, seed: int = 0
-) -> Bed:
-    """A random walk along the edges of a graph that should reach a goal, and then stops.
-
-    Exact: the value of a node (the probability to reach the goal with the moves that are left), the
-    evidence (that of the start) and the posterior of the first move, all by dynamic programming
-    from the goal.
-
-    Args:
-        table: `(V, V)`, probabilities of the moves from each node; those from the goal are not read.
-        start, goal: nodes.
-        num_moves: a walk with so many is over.
-        noise: standard deviation of the errors of the values on the way, in logits; the last score
-            is right all the same.  0: exact values.
-        seed: of the noise.
-    Raises:
-        ValueError: a start that is the goal.
-    """
-    if start == goal:
-        raise ValueError(f"smcscale: start and goal are the same node, {start}.")
-    table = np.array(table, np.float64)
-    nodes = len(table)
-    table[goal] = np.eye(nodes)[goal]
-    values = [np.eye(nodes)[goal]]
-    for _ in range(num_moves):
-        values.append(table @ values[-1])
-    evidence = float(values[num_moves][start])
-    exact = np.array(values[:num_moves][::-1])  # row t: after t + 1 moves
-    told = exact.copy()
-    if noise:
-        rng = np.random.default_rng(seed)
-        inside = np.clip(exact[:-1], 0.01, 0.99)  # a node without hope may look as if it had some
-        logits = np.log(inside / (1 - inside)) + noise * rng.standard_normal(inside.shape)
-        told[:-1] = 1 / (1 + np.exp(-logits))
-        told[:, goal] = 1.0
-    moves = np.broadcast_to(table, (num_moves - 1, nodes, nodes))
-    lm = KnownModel(
-        MarkovLaw.of(table[start], moves), nodes, max_tokens=num_moves, end_tokens=(goal,)
-    )
-    with np.errstate(invalid="ignore"):
-        posterior = table[start] * exact[0] / np.float64(evidence)
-    return Bed(
-        lm,
-        RewardFunction(Promise(jnp.asarray(told, jnp.float32))),
-        num_moves,
-        evidence,
-        posterior,
-        lambda tokens, lengths: tokens[:, 0],
-        lambda tokens: " -> ".join(str(int(node)) for node in (start, *tokens)),
-    )
-
-
-def num_walks(table: Any, start: int, goal: int, num_moves: int) -> int:
-    """How many different walks of at most so many moves end when they first reach the goal."""
-    edges = np.asarray(table) > 0
-    ways = [0] * len(edges)  # Python's integers, which do not overflow
-    ways[start], found = 1, 0
-    for _ in range(num_moves):
-        ways = [sum(ways[i] for i in np.flatnonzero(edges[:, j])) for j in range(len(edges))]
-        found, ways[goal] = found + ways[goal], 0
-    return found
-
-
-def mazes(
-    seed: int, count: int, *, nodes: int = 6, num_moves: int = 5, noise: float = 0.0
-) -> list[Bed]:
-    """`count` random beds of `navigation` from node 0 to the last: a ring with random chords.
-
-    Walks go along each edge of a node with random probabilities.  The goal can be reached in all of
-    them.
-    """
-    rng = np.random.default_rng(seed)
-    found = []
-    while len(found) < count:
-        ring = np.roll(np.eye(nodes, dtype=bool), 1, axis=1)
-        ring[nodes - 1] = ring[:, nodes - 1] = False  # the goal hangs on chords alone
-        chords = np.triu(rng.random((nodes, nodes)) < 0.3, 1)
-        chords[0, nodes - 1] = False
-        edges = ring | ring.T | chords | chords.T
-        if not edges[nodes - 1].any() or not edges.any(1).all():
-            continue
-        table = np.where(edges, rng.gamma(1.0, size=(nodes, nodes)), 0.0)
-        table /= table.sum(1, keepdims=True)
-        bed = navigation(
-            table, 0, nodes - 1, num_moves=num_moves, noise=noise, seed=int(rng.integers(2**31))
-        )
-        if bed.evidence > 0:
-            found.append(bed)
-    return found
-
-
-# ---- Countdown
 
 #: results beyond are not written, so that products fit into int32
 LARGEST = 9999
@@ -323,19 +205,22 @@ def countdowns(
     """`count` random problems `(numbers, target)` that can be solved, and not in one operation.
 
     Raises:
-        ValueError: fewer than three numbers, which leave one operation or two trivial ones.
+        ValueError: fewer than three numbers, or of a thousand draws for each too few can be solved.
     """
     if size < 3:
         raise ValueError(f"smcscale: size must be at least 3, got {size}.")
     rng = np.random.default_rng(seed)
     found = []
-    while len(found) < count:
+    for _ in range(1000 * count):
         numbers = tuple(int(n) for n in rng.integers(1, largest + 1, size))
         target = int(rng.choice(np.asarray(targets)))
         if target in numbers or any(target in left for left in _successors(numbers)):
             continue
-        if solvable(numbers, target):
-            found.append((numbers, target))
+        found += [(numbers, target)] if solvable(numbers, target) else []
+        if len(found) == count:
+            break
+    if len(found) < count:
+        raise ValueError(f"smcscale: too few problems with targets in {targets} can be solved.")
     return found
 
 
