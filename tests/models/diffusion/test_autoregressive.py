@@ -141,7 +141,7 @@ def test_scales_are_drawn_given_the_coarser_ones(label):
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("numbers", [4, [6, 6, 3]])
+@pytest.mark.parametrize("numbers", [4, pytest.param([6, 6, 3], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("share", [0.0, 0.7, 2.0])
 @pytest.mark.parametrize("rule", range(4))
 def test_every_rule_has_the_same_target(rule, share, numbers):
@@ -197,6 +197,7 @@ class Unmarked(Diversity):
         return None
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_the_published_selection_has_no_target():
     options = {"steering": steering_by(), "label": 0, "trigger": triggers.never}

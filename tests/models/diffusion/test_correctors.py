@@ -100,10 +100,15 @@ def followed(composed, sampler, schedule):
 @pytest.mark.parametrize(
     ("name", "drift"),
     [
-        ("annealed", target_score), ("annealed", tempered_noise), ("annealed", bridge),
-        ("flattened", tempered_noise), ("flattened", bridge), ("guidance", bridge),
-        ("product", target_score), ("tilted", target_score),
-        ("all", target_score), ("all", tempered_noise), ("all", bridge),
+        ("annealed", bridge), ("flattened", tempered_noise), ("guidance", bridge),
+        ("tilted", target_score), ("all", target_score), ("all", tempered_noise), ("all", bridge),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (
+                ("annealed", target_score), ("annealed", tempered_noise), ("flattened", bridge),
+                ("product", target_score),
+            )
+        ),
     ],
 )  # fmt: skip
 def test_the_walk_approaches_the_product(name, drift):

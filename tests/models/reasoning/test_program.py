@@ -137,6 +137,7 @@ def test_bad_options_are_refused():
         reason(LM, PRM, tiny.PROMPT, max_steps=0)
 
 
+@pytest.mark.slow  # `test_sampling.py` has the same of several laws
 @pytest.mark.statistical
 def test_texts_drawn_at_another_temperature_are_weighed_back():
     def heated(prior):
