@@ -139,7 +139,7 @@ def killing(
     share = scale(log_weights)[0]  # weights over the largest
     chances = (1 - share).at[kept_ancestor].add(jnp.sum(share))
     candidate = jax.random.categorical(for_slot, jnp.log(chances))
-    candidates = (jnp.arange(n, dtype=jnp.int32) + candidate - kept_slot) % n
+    candidates = ((jnp.arange(n) + candidate - kept_slot) % n).astype(jnp.int32)
     survives = jax.random.uniform(for_survival, (n,)) < share[candidates]
     counts = cumulative_counts(log_weights, n)
     drawn = ancestors_at(points_below(for_redraw, counts, n, n), n)
