@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from smcscale import keys, result, status
+from smcscale import keys, placement, result, status
 from smcscale.engine import compiled, host
 from smcscale.engine.compiled import Meta, Sizes
 from smcscale.engine.step import Info
@@ -55,9 +55,11 @@ class Drive:
         if callable(smc.num_particles) or isinstance(smc.num_particles, Sequence):
             self.meta = compiled.describe(self.filter, self.run_keys, probe, args, kwargs)
             self.segments = schedule(smc, self.meta)
+            placement.check([segment.num_particles for segment in self.segments])
             first = self.segments[0].num_particles
         else:
             first = smc.num_particles
+            placement.check([first])
         self.population, self.initial, self.meta = compiled.start(
             self.filter, self.run_keys, self.sizes(first), args, kwargs, self.eve
         )

@@ -107,9 +107,10 @@ class SMC:
         if not isinstance(self.algorithm.program, FeynmanKac) and num_steps is not None:
             kwargs["num_steps"], num_steps = num_steps, None
         args, kwargs = _arrays(args), _arrays(kwargs)
-        self._check_missing(args, kwargs)
         started = time.perf_counter()
         drive = Drive(self, key, args, kwargs, num_steps)
+        if drive.meta.observed:
+            self._check_missing(args, kwargs)
         try:
             drive.loop()
         except KeyboardInterrupt:
@@ -280,13 +281,18 @@ def _arrays(tree: Any) -> Any:
             return leaf
         return jnp.asarray(np.asarray(leaf))
 
-    return jax.tree.map(convert, tree, is_leaf=lambda x: hasattr(x, "__array__"))
+    return jax.tree.map(convert, tree)
 
 
 def _any_nan(tree: Any) -> bool:
-    return any(
-        isinstance(leaf, jax.Array)
-        and jnp.issubdtype(leaf.dtype, jnp.floating)
-        and bool(jnp.isnan(leaf).any())
+    floating = [
+        leaf
         for leaf in jax.tree.leaves(tree)
-    )
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    return bool(floating) and bool(_has_nan(floating))
+
+
+@jax.jit
+def _has_nan(leaves: list[Array]) -> Array:
+    return jnp.any(jnp.stack([jnp.any(jnp.isnan(leaf)) for leaf in leaves]))

@@ -1,6 +1,6 @@
 """The layers of the project: who may import whom, read from the source without running it.
 
-Layers, low to high: `types weights keys status ledger noise threefry` < `feynman_kac` < `program` <
+Layers, low to high: `types weights keys status ledger noise threefry placement` < `feynman_kac` < `program` <
 `engine` < `result ...` < `run`. A module imports its own layer, lower ones, and `kernels/`.
 """
 
@@ -16,7 +16,7 @@ LAYERS = {
     name: layer
     for layer, names in enumerate(
         (
-            "types weights keys status ledger noise threefry",
+            "types weights keys status ledger noise threefry placement",
             "feynman_kac",
             "program",
             "engine",

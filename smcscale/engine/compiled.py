@@ -18,6 +18,7 @@ from smcscale.engine import mutate
 from smcscale.engine.bound import Bound, Plan, bind, make_plan, moment_tree, recorded, recorder
 from smcscale.engine.step import Info, Population, Resampled, resample, weigh
 from smcscale.engine.store import Kept
+from smcscale.placement import spread
 from smcscale.status import Status
 
 
@@ -103,6 +104,7 @@ def initial_population(
     leaves, log_weights, structure = mutate.draw_initial(
         bound.model, row, jax.vmap(keys.initial)(run_keys), n
     )
+    leaves, log_weights = spread((leaves, log_weights))
     # weights that are all zero are a constant, which XLA would fold for seconds at large N
     log_weights = jax.lax.optimization_barrier(log_weights)
     plan = make_plan(pf, bound, leaves, structure, sizes.num_islands, run_keys.dtype)
@@ -204,8 +206,9 @@ def one_step(
 ) -> tuple[Population, Info]:
     """Resample, mutate, weigh: one row for all runs."""
     resampled = resample(plan.scheme, population, step_keys, row)
+    resampled = resampled._replace(leaves=spread(resampled.leaves))
     mutated = plan.mutation.apply(frontier, plan.full(resampled.leaves), row)
-    mutated = mutated._replace(leaves=[mutated.leaves[i] for i in plan.packed])
+    mutated = mutated._replace(leaves=spread([mutated.leaves[i] for i in plan.packed]))
     return weigh(plan.scheme, population, resampled, mutated, recorder(bound, plan))
 
 
@@ -226,8 +229,8 @@ def resize(
     row = row_at(bound, population.time)
     moved = resample(plan.scheme, population, step_keys, row, num_particles=num_particles)
     return population._replace(
-        leaves=moved.leaves,
-        log_weights=moved.log_weights,
+        leaves=spread(moved.leaves),
+        log_weights=spread(moved.log_weights),
         fire=jnp.zeros_like(population.fire),
         eve=moved.eve,
         num_resamplings=population.num_resamplings + 1,

@@ -13,24 +13,9 @@ from smcscale.engine.compiled import Sizes
 from smcscale.feynman_kac import Capabilities
 from smcscale.kernels import annealing, lookahead, resampling, tilts, triggers
 from smcscale.models.reasoning import program
+from support.compilations import compilations
 from support.exact import HMM, WALK
 from support.reasoning import tiny
-
-_COMPILED = []
-
-
-def _listen(event, duration, **_):
-    if event == "/jax/core/compile/backend_compile_duration":
-        _COMPILED.append(event)
-
-
-jax.monitoring.register_event_duration_secs_listener(_listen)
-
-
-def compilations(action):
-    before = len(_COMPILED)
-    action()
-    return len(_COMPILED) - before
 
 
 def run(data, seed=0, model=WALK.program, **options):
