@@ -33,6 +33,9 @@ THE CONVENTION, kept in all modules; formulas of papers are translated into it:
 | `host_program` | `host_denoise`, for networks and rewards that run Python, such as those of `diffusers` |
 | `twisted` | proposals that follow the reward's gradient, weighed for it: TDS, DAS |
 | `correctors` | powers, products and tilts of models: Feynman-Kac correctors |
+| `flow` | the flow as an ODE by adaptive steps, and the density it gives |
+| `pieces` | network calls in pieces, for memory |
+| `learned` | values of noisy states learned from noised data |
 | `linear` | linear inverse problems with a conjugate proposal: MCGDiff |
 | `search` | searches over noises and steps: calls spent for a high reward, no target |
 | `mixtures` | Gaussian mixtures, where everything has an exact answer |
@@ -51,6 +54,7 @@ from smcscale.models.diffusion.autoregressive import Diversity as Diversity
 from smcscale.models.diffusion.autoregressive import draw_scales as draw_scales
 from smcscale.models.diffusion.correctors import Composed as Composed
 from smcscale.models.diffusion.correctors import Corrected as Corrected
+from smcscale.models.diffusion.correctors import PowerPath as PowerPath
 from smcscale.models.diffusion.correctors import Tilt as Tilt
 from smcscale.models.diffusion.correctors import bridge as bridge
 from smcscale.models.diffusion.correctors import composed_start as composed_start
@@ -64,6 +68,8 @@ from smcscale.models.diffusion.mixtures import ExactReverse as ExactReverse
 from smcscale.models.diffusion.mixtures import GaussianMixture as GaussianMixture
 from smcscale.models.diffusion.networks import load_denoiser as load_denoiser
 from smcscale.models.diffusion.networks import pretrained as pretrained
+from smcscale.models.diffusion.pieces import Pieces as Pieces
+from smcscale.models.diffusion.pieces import in_pieces as in_pieces
 from smcscale.models.diffusion.potentials import Exponential as Exponential
 from smcscale.models.diffusion.potentials import Interval as Interval
 from smcscale.models.diffusion.potentials import Polynomial as Polynomial

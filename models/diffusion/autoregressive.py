@@ -40,6 +40,7 @@ Source: Tian et al. 2024, "Visual autoregressive modeling" (arXiv 2404.02905); C
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import equinox as eqx
@@ -51,7 +52,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 from numpyro.contrib.control_flow import scan
 
-from smcscale.models.diffusion.potentials import Seen, Steering, nothing_seen, score
+from smcscale.models.diffusion.potentials import Seen, Steering, nothing_seen
 from smcscale.models.diffusion.reveal import blank, transition
 from smcscale.program.spend import spend
 from smcscale.types import Input, LogWeights, States, Time
@@ -164,10 +165,13 @@ def draw_scales(
         spend(denoiser_calls=1)
         seen = canvas.seen
         if seen is not None and steering is not None:
-            seen, log_potential = _weigh(steering, seen, image, scale)
+            made = scale.number + 1
+            seen, log_potential = steering.weigh(
+                seen, partial(steering.reward, image), made, scale.last
+            )
             numpyro.factor("potential", log_potential)
             numpyro.deterministic("reward", seen.last)
-            spend(reward_calls=jnp.where(steering.due(scale.number + 1, scale.last), 1, 0))
+            spend(reward_calls=steering.calls(made, scale.last))
         return Canvas(tokens, image, seen), None
 
     number = jnp.arange(num_scales, dtype=jnp.int32)
@@ -177,28 +181,6 @@ def draw_scales(
     nothing = blank(len(scale_of), codec.vocabulary)
     opening = Canvas(nothing, codec.decode(nothing), None if steering is None else nothing_seen())
     scan(step, opening, rows)
-
-
-def _weigh(
-    steering: Steering, seen: Seen, image: Array, scale: Scale
-) -> tuple[Seen, Float[Array, ""]]:
-    """The rewards with that of a new image, and its log potential, 0 where it is not scored."""
-    made = scale.number + 1
-    share = jnp.where(scale.last, 1, steering.tempering(made))
-    strength = (jnp.asarray(steering.strength) * share).astype(seen.last.dtype)
-
-    def scored() -> tuple[Seen, Array]:
-        reward = jnp.asarray(steering.reward(image), seen.last.dtype)
-        if reward.shape:
-            raise ValueError(
-                f"smcscale: the reward of one particle has shape {reward.shape}.\n  try: a scalar."
-            )
-        return score(seen, reward, steering.rule, strength, scale.last)
-
-    # a scale is due for all particles or for none, so only due ones call the reward
-    return lax.cond(
-        steering.due(made, scale.last), scored, lambda: (seen, jnp.zeros_like(seen.log_product))
-    )
 
 
 # ---- tokens and images
@@ -257,14 +239,21 @@ class PatchCodec(eqx.Module):
         """Tokens `(L,)`, scale by scale the nearest patches of what is left."""
         found = []
         for book, count in zip(self.codebooks, self.counts, strict=True):
-            patches = _patches(image, count)
-            nearest = jnp.argmin(jnp.sum((patches[:, None] - book) ** 2, axis=-1), axis=1)
-            image = image - _joined(book[nearest])
-            found.append(nearest.astype(jnp.int32))
+            tokens, image = quantized(image, book, count)
+            found.append(tokens)
         return jnp.concatenate(found)
 
 
-def _patches(image: Float[Array, " D"], count: int) -> Float[Array, "count pixels"]:
+def quantized(
+    image: Float[Array, " D"], book: Float[Array, "V pixels"], count: int
+) -> tuple[Int32[Array, " count"], Float[Array, " D"]]:
+    """Tokens of one scale, the nearest patches, and what they leave of the image."""
+    patches = patches_of(image, count)
+    nearest = jnp.argmin(jnp.sum((patches[:, None] - book) ** 2, axis=-1), axis=1)
+    return nearest.astype(jnp.int32), image - _joined(book[nearest])
+
+
+def patches_of(image: Float[Array, " D"], count: int) -> Float[Array, "count pixels"]:
     """An image cut into a square grid of patches."""
     grid, size = round(count**0.5), round(image.size**0.5)
     side = size // grid

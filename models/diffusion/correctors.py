@@ -5,7 +5,7 @@ walk that follows S does not end with that law: at every level its particles lac
 by S and carries the weight.
 
     both = Composed((cats, dogs), (1.0, 1.0))                   # product of two models
-    smc.run(key, both, schedule, shape=(d,), sampler=Corrected(), start=composed_start(schedule, both.powers, (d,)))
+    smc.run(key, both, schedule, shape=(d,), sampler=Corrected(), start=composed_start(schedule, both.at(schedule.level(-1)), (d,)))
 
 | wanted | weights `b_i` of `Composed` |
 |---|---|
@@ -13,11 +13,12 @@ by S and carries the weight.
 | product | `(1.0, 1.0)`, or any |
 | classifier-free guidance, geometric average | `(1 - beta, beta)` |
 | reward tilt | `Composed(..., tilt=Tilt(reward, strength))` |
+| powers that grow along the walk | `Composed(..., path=PowerPath(share, log_densities))` |
 
 With `B = sum b_i`, drift factor kappa and noise factor zeta, the walk towards the data and its log-weight are
 
     dx    = [-f + g^2 (kappa sum_i b_i s_i + (zeta^2 / 2) beta grad r)] dt + zeta g dw
-    dlogw = [(B - 1) div f - beta <grad r, f> + beta' r] dt
+    dlogw = [(B - 1) div f - beta <grad r, f> + beta' r + sum_i b_i' log q_i] dt
             + g^2 [D sum_i b_i div s_i - sum_i b_i |s_i|^2 / 2 + <S, u> - zeta^2 |S|^2 / 2] dt,
 
 `u` the bracket after `g^2`, `D = kappa - (1 + zeta^2) / 2`. Every choice of kappa and zeta has the same law;
@@ -33,10 +34,10 @@ they differ in the variance of the weights:
 mixtures its log Z varies far less than that of the others, so it is the default.
 
 The walk is Euler-Maruyama: what it samples approaches the product as steps shrink, and the evidence
-estimates `log of the integral of the product`. Time-dependent powers would need densities and are not here.
+estimates `log of the integral of the product`.
 
-Source: Skreta et al. 2025, "Feynman-Kac correctors in diffusion" (arXiv 2503.02819), propositions 3.1 to 3.4
-and D.5; the family with D is derived by the same computation.
+Source: Skreta et al. 2025, "Feynman-Kac correctors in diffusion" (arXiv 2503.02819), propositions 3.1 to 3.4,
+C.6 (changing powers) and D.5; the family with D is derived by the same computation.
 """
 
 import math
@@ -48,12 +49,18 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from smcscale.models.diffusion.predictors import Prediction
-from smcscale.models.diffusion.samplers import Network, Proposed
+from smcscale.models.diffusion.samplers import Constant, Network, Proposed
 from smcscale.models.diffusion.schedules import Level, Schedule, increments
 from smcscale.program.spend import spend
+
+
+def share_of_signal(level: Level) -> Float[Array, ""]:
+    """`alpha^2 / (alpha^2 + sigma^2)`: 0 at the noise, 1 at the data."""
+    return level.alpha**2 / (level.alpha**2 + level.sigma**2)
 
 
 class Tilt(eqx.Module):
@@ -67,13 +74,25 @@ class Tilt(eqx.Module):
 
     reward: Callable[[Array], Array]
     strength: ArrayLike = 1.0
-    share: Callable[[Level], Array] = lambda level: (
-        level.alpha**2 / (level.alpha**2 + level.sigma**2)
-    )
+    share: Callable[[Level], Array] = share_of_signal
 
     def at(self, level: Level) -> Float[Array, ""]:
         """beta of a level; the whole of lambda at the data."""
         return jnp.asarray(self.strength * jnp.where(level.index == 0, 1.0, self.share(level)))
+
+
+class PowerPath(eqx.Module):
+    """Powers that change along the walk; only where the models' densities are known.
+
+    Their sum must be above 0 at every level: the noise that a walk starts from is raised to it.
+
+    Attributes:
+        share: `(level) -> (M,)` or `()`, what is taken of each power: 1 at the data.
+        log_densities: `(x, level) -> (M,)`, `log q_i` of a state at a level, normalized.
+    """
+
+    share: Callable[[Level], Array]
+    log_densities: Callable[[Array, Level], Array]
 
 
 class Parts(NamedTuple):
@@ -91,23 +110,38 @@ class Composed(eqx.Module):
 
     Attributes:
         denoisers: M of them, `(x, level) -> Prediction`.
-        powers: `(M,)`, `b_i`.
+        powers: `(M,)`, `b_i` at the data.
         tilt: a reward, or None.
+        path: of the powers, None where they stay.
     """
 
     denoisers: tuple[Network, ...]
     powers: Float[Array, " M"]
     tilt: Tilt | None
+    path: PowerPath | None
 
-    def __init__(self, denoisers: tuple[Network, ...], powers: Any, tilt: Tilt | None = None):
+    def __init__(
+        self,
+        denoisers: tuple[Network, ...],
+        powers: Any,
+        tilt: Tilt | None = None,
+        path: PowerPath | None = None,
+    ):
         self.denoisers = tuple(denoisers)
         self.powers = jnp.asarray(powers, float)
         self.tilt = tilt
+        self.path = path
         if self.powers.shape != (len(self.denoisers),):
             raise ValueError(
                 f"smcscale: Composed has {len(self.denoisers)} denoisers and powers of shape "
                 f"{self.powers.shape}.\n  try: one power for each."
             )
+
+    def at(self, level: Level) -> Float[Array, " M"]:
+        """The powers of a level; those of the data at the data."""
+        if self.path is None:
+            return self.powers
+        return self.powers * jnp.where(level.index == 0, 1.0, self.path.share(level))
 
     def noises(self, x: Float[Array, "..."], level: Level) -> Float[Array, "M ..."]:
         """Predicted noise of every model."""
@@ -116,7 +150,7 @@ class Composed(eqx.Module):
     def __call__(self, x: Float[Array, "..."], level: Level) -> Prediction:
         """Data and noise of the product, with `extra` the `Parts`."""
         eps = self.noises(x, level)
-        total = jnp.tensordot(self.powers, eps, axes=1)
+        total = jnp.tensordot(self.at(level), eps, axes=1)
         return Prediction((x - level.sigma * total) / level.alpha, total, None, Parts(eps))
 
 
@@ -191,7 +225,7 @@ class Corrected(eqx.Module):
                 f"smcscale: Corrected runs a Composed model, got {type(denoiser).__name__}.\n"
                 "  try: Composed((denoiser,), (1.0,))."
             )
-        powers, tilt = denoiser.powers, denoiser.tilt
+        powers, tilt, path = denoiser.at(high), denoiser.tilt, denoiser.path
         total = jnp.sum(powers)
         kappa, zeta = self.drift.kappa(total), self.drift.zeta(total)
         growth, variance = increments(high, low)
@@ -204,6 +238,8 @@ class Corrected(eqx.Module):
             beta = tilt.at(high)
             whole, move = whole + beta * slope, move + zeta**2 / 2 * beta * slope
             log_weight += beta * growth * jnp.sum(slope * x) + (tilt.at(low) - beta) * value
+        if path is not None:
+            log_weight += (denoiser.at(low) - powers) @ path.log_densities(x, high)
         squares = jnp.sum(scores.reshape(len(powers), -1) ** 2, axis=1)
         rate = jnp.sum(whole * move) - powers @ squares / 2 - zeta**2 / 2 * jnp.sum(whole**2)
         if self.drift.divergent:
@@ -214,15 +250,20 @@ class Corrected(eqx.Module):
 
 
 def composed_start(schedule: Schedule, powers: Any, shape: tuple[int, ...]) -> Proposed:
-    """The law of noise raised to powers, with its normalizer as first weight.
+    """The law of noise raised to powers (`Composed.at` of the top level), and its normalizer.
 
     With `N(0, c^2 I)` at level K for every model, `c` the schedule's `initial_scale`, their product is
     normal with variance `c^2 / B`, times a constant. Start from it and the evidence is the log of the
     product's integral.
     """
     total = jnp.sum(jnp.asarray(powers, float))
+    if not isinstance(total, Tracer) and not total > 0:
+        raise ValueError(
+            f"smcscale: `powers` must add up to more than 0, got {powers}.\n"
+            "  try: powers under which the noise can be normalized."
+        )
     size = math.prod(shape)
     scale = schedule.initial_scale
     log_normalizer = size / 2 * ((1 - total) * jnp.log(2 * jnp.pi * scale**2) - jnp.log(total))
     law = dist.Normal(jnp.zeros(shape), scale / jnp.sqrt(total)).to_event(len(shape))
-    return Proposed(law, lambda state: log_normalizer)
+    return Proposed(law, Constant(log_normalizer))

@@ -225,9 +225,8 @@ def _weighed(
     steering: Steering, seen: Seen, rewards: Float[Array, "M guesses"], row: Walk
 ) -> tuple[Seen, Array]:
     """Rewards with new ones, and log potentials `(M,)`."""
-    full = jnp.asarray(steering.strength)
     reward = rewards[:, 0]
     if rewards.shape[1] > 1:
-        reward = log_mean_exp(rewards, full)
-    strength = full * jnp.where(row.last, 1, steering.tempering(row.made))
+        reward = log_mean_exp(rewards, jnp.asarray(steering.strength))
+    strength = steering.strength_at(row.made, row.last)
     return jax.vmap(lambda s, r: score(s, r, steering.rule, strength, row.last))(seen, reward)

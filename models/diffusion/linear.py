@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from smcscale.models.diffusion.potentials import Seen, nothing_seen
 from smcscale.models.diffusion.predictors import Prediction
-from smcscale.models.diffusion.samplers import Network, Proposed, ancestral
+from smcscale.models.diffusion.samplers import Constant, Network, Proposed, ancestral
 from smcscale.models.diffusion.schedules import Level, Schedule
 
 
@@ -147,7 +147,7 @@ class LinearProblem(eqx.Module):
         law = dist.Normal(gain * goal, jnp.sqrt(variance)).to_event(1)
         each = dist.Normal(0.0, jnp.sqrt(1 + slack)).log_prob(goal)
         weight = jnp.sum(jnp.where(self.active(top), each, 0.0))
-        return Proposed(law, lambda state: weight)
+        return Proposed(law, Constant(weight))
 
     def sampler(self, inner: Callable[..., Any] = ancestral) -> "Conjugate":
         """A normal sampler's step, drawn towards the targets."""

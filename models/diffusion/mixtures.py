@@ -247,13 +247,24 @@ class TwistedReverse(eqx.Module):
         return Proposed(twisted.distribution(), lambda y: model.log_prob(y) - twisted.log_prob(y))
 
 
+class Ratio(eqx.Module):
+    """Log ratio of two mixtures' densities."""
+
+    above: GaussianMixture
+    below: GaussianMixture
+
+    def __call__(self, x: Float[Array, " d"]) -> Float[Array, ""]:
+        """Log ratio `()` at a point, nats."""
+        return self.above.log_prob(x) - self.below.log_prob(x)
+
+
 def twisted_start(
     mixture: GaussianMixture, reward: Quadratic, strength: ArrayLike, level: Level
 ) -> Proposed:
     """The tilted data noised to a level, and the log ratio of the mixture's marginal to it."""
     model = mixture.noised(level.alpha, level.sigma)
     twisted = mixture.tilted(reward, strength).mixture.noised(level.alpha, level.sigma)
-    return Proposed(twisted.distribution(), lambda x: model.log_prob(x) - twisted.log_prob(x))
+    return Proposed(twisted.distribution(), Ratio(model, twisted))
 
 
 class ExactTwist(eqx.Module):

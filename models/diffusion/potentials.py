@@ -237,6 +237,10 @@ class Steering(eqx.Module):
         """Whether the state after `made` moves is scored."""
         return self.scored(made) | last
 
+    def strength_at(self, made: Int32[Array, ""], last: Bool[Array, ""]) -> Float[Array, ""]:
+        """Lambda after `made` moves, all of it at the last."""
+        return jnp.asarray(self.strength) * jnp.where(last, 1, self.tempering(made))
+
     def read(self, x: Array, prediction: Prediction, level: Level) -> Float[Array, ""]:
         """What a noisy state is worth, without guesses: `value`, or the reward of the predicted data."""
         if self.value is not None:
@@ -271,27 +275,51 @@ class Steering(eqx.Module):
         Returns:
             the rewards with this one, and the log potential `()`, 0 where it is not scored.
         """
-        strength = jnp.asarray(self.strength) * jnp.where(last, 1, self.tempering(made))
 
         def noisy() -> Array:
             if guesses is None:
                 return self.read(x, prediction, level)
             return log_mean_exp(jax.vmap(self.reward)(guesses), jnp.asarray(self.strength))
 
-        def scored() -> tuple[Seen, Array]:
+        def read() -> Array:
             # reading the mean needs no second branch: at the last step it is the data
             plain = self.value is None and guesses is None
-            reward = noisy() if plain else lax.cond(last, lambda: self.reward(x), noisy)
-            reward = jnp.asarray(reward, seen.last.dtype)
-            if jnp.shape(reward):
+            return noisy() if plain else lax.cond(last, lambda: self.reward(x), noisy)
+
+        return self.weigh(seen, read, made, last)
+
+    def weigh(
+        self,
+        seen: Seen,
+        read: Callable[[], Array],
+        made: Int32[Array, ""],
+        last: Bool[Array, ""],
+    ) -> tuple[Seen, Float[Array, ""]]:
+        """Score by a reward that is read where it is due, however it is read.
+
+        Args:
+            seen: rewards so far.
+            read: `() -> ()`, the reward of the newest step.
+            made: moves made.
+            last: whether this is the last step.
+        Returns:
+            the rewards with this one, and the log potential `()`, 0 where it is not scored.
+        Raises:
+            ValueError: for a reward of one particle that is no scalar.
+        """
+
+        def scored() -> tuple[Seen, Array]:
+            reward = jnp.asarray(read(), seen.last.dtype)
+            if reward.shape:
                 raise ValueError(
-                    f"smcscale: the reward of one particle has shape {jnp.shape(reward)}.\n"
+                    f"smcscale: the reward of one particle has shape {reward.shape}.\n"
                     "  try: a scalar."
                 )
-            return score(seen, reward, self.rule, strength, last)
+            return score(seen, reward, self.rule, self.strength_at(made, last), last)
 
         if self.scored is every_step:
             return scored()
+        # a step is due for all particles or for none, so only due ones call the reward
         return lax.cond(
             self.due(made, last), scored, lambda: (seen, jnp.zeros_like(seen.log_product))
         )

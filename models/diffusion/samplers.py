@@ -60,6 +60,20 @@ class Proposed(NamedTuple):
     log_weight: Callable[[Array], Float[Array, ""]]
 
 
+class Constant(eqx.Module):
+    """A log-weight that is the same for all states: of a start that is drawn given what is observed.
+
+    Attributes:
+        log_weight: `()`, nats.
+    """
+
+    log_weight: Float[Array, ""]
+
+    def __call__(self, state: Array) -> Float[Array, ""]:
+        """The log-weight."""
+        return self.log_weight
+
+
 class DDIM(eqx.Module):
     """Data and noise moved to the lower level; a share of the noise is drawn anew.
 

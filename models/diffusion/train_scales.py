@@ -11,6 +11,7 @@ Source: Tian et al. 2024 (arXiv 2404.02905), section 3; Ho & Salimans 2022 (labe
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int
 
-from smcscale.models.diffusion.autoregressive import PatchCodec
+from smcscale.models.diffusion.autoregressive import PatchCodec, patches_of, quantized
 from smcscale.models.diffusion.fitting import fit
 from smcscale.models.diffusion.scale_networks import ScaleMLP, Shape, save_scales
 from smcscale.models.diffusion.train import LABEL_DROPOUT, digits
@@ -37,21 +38,15 @@ def fit_codec(images: np.ndarray, shape: Shape, seed: int) -> PatchCodec:
     """
     from sklearn.cluster import KMeans
 
-    size = round(shape.size**0.5)
-    books: list = []
+    left, books = jnp.asarray(images), []
     for count in shape.counts:
-        left = images
-        if books:
-            codec = PatchCodec(tuple(books), size)
-            left = images - np.asarray(jax.vmap(lambda x: codec.decode(codec.encode(x)))(images))  # noqa: B023
-        grid = round(count**0.5)
-        side = size // grid
-        patches = left.reshape(-1, grid, side, grid, side).swapaxes(2, 3).reshape(-1, side * side)
+        patches = np.concatenate(jax.vmap(partial(patches_of, count=count))(left))
         means = KMeans(shape.vocabulary, n_init=3, random_state=seed).fit(patches)  # pyright: ignore[reportArgumentType]
         # as stored, so that the tokens of the data are those of the shipped codec
         book = jnp.asarray(means.cluster_centers_, jnp.bfloat16).astype(jnp.float32)
+        _, left = jax.jit(jax.vmap(partial(quantized, book=book, count=count)))(left)
         books.append(book)
-    return PatchCodec(tuple(books), size)
+    return PatchCodec(tuple(books), round(shape.size**0.5))
 
 
 def inputs_of(codec: PatchCodec, tokens: Int[Array, " L"]) -> Array:

@@ -159,15 +159,16 @@ def test_intervals_and_tempering_change_no_target():
     assert smc.cost["reward_calls"] == RUNS * (3 + 3)
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_a_running_value_at_the_end_would_be_seen(monkeypatch):
     """The published last potential of `maximum`: the rule's own."""
-    from smcscale.models.diffusion import autoregressive
+    score = potentials.score
 
     def at_the_end_as_before(seen, reward, rule, strength, last):
-        return potentials.score(seen, reward, rule, strength, jnp.asarray(False))
+        return score(seen, reward, rule, strength, jnp.asarray(False))
 
-    monkeypatch.setattr(autoregressive, "score", at_the_end_as_before)
+    monkeypatch.setattr(potentials, "score", at_the_end_as_before)
     steering = Steering(REWARDS, potentials.maximum, STRENGTH)
     smc = run(steering=steering, label=0, trigger=triggers.always)
     with pytest.raises(AssertionError):
@@ -179,7 +180,8 @@ def test_a_running_value_at_the_end_would_be_seen(monkeypatch):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize(
-    ("numbers", "sizes", "share"), [([8, 4, 3], (0, 4, 3), 0.0), (6, (0, 3, 4), 2.0)]
+    ("numbers", "sizes", "share"),
+    [([8, 4, 3], (0, 4, 3), 0.0), pytest.param(6, (0, 3, 4), 2.0, marks=pytest.mark.slow)],
 )
 def test_clusters_with_their_weights_leave_the_target(numbers, sizes, share):
     smc = run(

@@ -132,7 +132,11 @@ SCHEDULES = {
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    "name",
+    ["fixed", "adaptive", "local",
+     *(pytest.param(name, marks=pytest.mark.slow) for name in ("several at once", "of the law", "cool"))],
+)  # fmt: skip
 def test_a_schedule_has_its_law(name):
     schedule, options = SCHEDULES[name]
     assert_target(masses(run(schedule, **options)), law_of(schedule, **options))

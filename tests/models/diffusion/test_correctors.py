@@ -15,11 +15,13 @@ from smcscale.models.diffusion import mixtures, schedules
 from smcscale.models.diffusion.correctors import (
     Composed,
     Corrected,
+    PowerPath,
     Tilt,
     bridge,
     composed_start,
     exact_divergence,
     probed_divergence,
+    share_of_signal,
     target_score,
     tempered_noise,
 )
@@ -47,12 +49,39 @@ def denoiser(mixture):
     return mixtures.ExactDenoiser(mixture)
 
 
+def densities(*parts):
+    """Log densities of mixtures at a level."""
+    return lambda x, level: jnp.stack(
+        [m.noised(level.alpha, level.sigma).log_prob(x) for m in parts]
+    )
+
+
+def grown(level):
+    """Powers 1 at the noise, all of 2 at the data."""
+    return (1 + share_of_signal(level)) / 2
+
+
+def crossed(level):
+    """From the first model at the noise to guidance by the second."""
+    share = share_of_signal(level)
+    return jnp.stack([share - 2 * (1 - share), share])
+
+
 CASES = {
     "annealed": (Composed((denoiser(ONE),), (2.0,)), (ONE,)),
     "flattened": (Composed((denoiser(ONE),), (0.6,)), (ONE,)),
     "guidance": (Composed((denoiser(ONE), denoiser(OTHER)), (-0.5, 1.5)), (ONE, OTHER)),
     "product": (Composed((denoiser(ONE), denoiser(OTHER)), (1.0, 1.0)), (ONE, OTHER)),
     "tilted": (Composed((denoiser(ONE),), (1.0,), Tilt(reward, 1.5)), (ONE,)),
+    "heated": (
+        Composed((denoiser(ONE),), (2.0,), path=PowerPath(grown, densities(ONE))), (ONE,),
+    ),
+    "crossing": (
+        Composed(
+            (denoiser(ONE), denoiser(OTHER)), (-0.5, 1.5), path=PowerPath(crossed, densities(ONE, OTHER))
+        ),
+        (ONE, OTHER),
+    ),
     "all": (
         Composed((denoiser(ONE), denoiser(OTHER)), (0.7, 0.6), Tilt(reward, 1.5)), (ONE, OTHER),
     ),
@@ -84,7 +113,7 @@ def followed(composed, sampler, schedule):
 
         return jax.vmap(one)(jnp.asarray(GRID)[:, None])
 
-    law, first = composed_start(schedule, composed.powers, (1,))
+    law, first = composed_start(schedule, composed.at(schedule.level(-1)), (1,))
     mass = np.exp(np.asarray(jax.vmap(law.log_prob)(jnp.asarray(GRID)[:, None]), np.float64))
     mass *= np.exp(float(first(jnp.zeros(1)))) * (GRID[1] - GRID[0])
     for k in range(schedule.num_steps, 0, -1):
@@ -101,6 +130,7 @@ def followed(composed, sampler, schedule):
     ("name", "drift"),
     [
         ("annealed", bridge), ("flattened", tempered_noise), ("guidance", bridge),
+        ("heated", bridge), ("crossing", target_score),
         ("tilted", target_score), ("all", target_score), ("all", tempered_noise), ("all", bridge),
         *(
             pytest.param(*pair, marks=pytest.mark.slow)
@@ -168,9 +198,9 @@ def test_probes_average_to_the_divergence():
 @pytest.mark.parametrize(
     ("name", "sampler"),
     [
-        ("annealed", Corrected()),
+        pytest.param("annealed", Corrected(), marks=pytest.mark.slow),
         ("annealed", Corrected(divergence=probed_divergence)),
-        ("product", Corrected()),
+        pytest.param("product", Corrected(), marks=pytest.mark.slow),
         ("all", Corrected()),
     ],
     ids=["annealed", "annealed-probe", "product", "all"],
@@ -197,5 +227,7 @@ def test_refusals():
     high, low, x = schedule.level(3), schedule.level(2), jnp.zeros(1)
     with pytest.raises(TypeError, match="Composed"):
         Corrected()(denoiser(ONE), x, denoiser(ONE)(x, high), high, low)
+    with pytest.raises(ValueError, match="`powers` must add up to more than 0"):
+        composed_start(schedule, (1.0, -1.0), (1,))
     with pytest.raises(ValueError, match="one power for each"):
         Composed((denoiser(ONE),), (1.0, 2.0))

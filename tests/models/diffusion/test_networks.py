@@ -11,6 +11,7 @@ from flax import nnx
 from smcscale.models.diffusion import networks, schedules
 from smcscale.models.diffusion.judges import load_judges, save_judges
 from smcscale.models.diffusion.networks import PRETRAINED, ResidualMLP, Shape
+from smcscale.run import _arrays
 
 SMALL = Shape(size=5, width=8, num_layers=2, num_classes=3, num_frequencies=4)
 
@@ -102,3 +103,11 @@ def test_the_stored_judge_is_the_one_that_was_fitted():
     judge = load_judges(PRETRAINED / "digits-judges").judge
     # a vote may turn where a machine's value is zero up to rounding
     assert (jax.vmap(judge)(tested) == machines.predict(tested)).mean() > 0.998
+
+
+def test_a_run_copies_no_parameters():
+    """NumPy arrays become JAX arrays; a network's parameters, which are some, stay what they are."""
+    given = {"network": nnx.Param(jnp.ones(3)), "data": np.ones(2)}
+    found = _arrays(given)
+    assert isinstance(found["network"], nnx.Param) and isinstance(found["data"], jax.Array)
+    assert jax.tree.leaves(found["network"])[0] is jax.tree.leaves(given["network"])[0]

@@ -24,6 +24,7 @@ from smcscale.models.diffusion.potentials import Interval, Steering
 from smcscale.models.diffusion.predictors import Denoiser
 from smcscale.models.diffusion.program import denoise
 from smcscale.models.diffusion.samplers import DDIM, DDPM, EulerMaruyama, FlowSDE, churn
+from smcscale.placement import particle_mesh
 from support.montecarlo import assert_mean
 
 MIXTURE = GaussianMixture(
@@ -179,7 +180,7 @@ def law_of(sampler, schedule, denoiser):
 
 PAIRS = [(i, (i + shift) % 4, steps) for shift, steps in ((0, 6), (1, 24)) for i in range(8)]
 OTHERS = [
-    pytest.param(i, rule, steps, marks=pytest.mark.slow)
+    pytest.param(i, rule, steps, marks=pytest.mark.grid)
     for steps in (6, 24)
     for i in range(8)
     for rule in range(4)
@@ -266,3 +267,16 @@ def test_samples_are_paths_from_noise_to_data():
     assert samples["x"].shape == (16, 5, 3, 2)
     scored = -np.sum(np.asarray(samples["x"])[:, -1] ** 2, axis=(1, 2))
     np.testing.assert_allclose(samples["reward"][:, -1], scored, rtol=1e-5)
+
+
+@pytest.mark.multidevice
+def test_particles_over_devices_give_the_same_numbers():
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    steering = Steering(REWARD, strength=jnp.asarray(1.3))
+    args = (ExactDenoiser(MIXTURE), schedules.vp_linear(8), steering)
+    alone = run(*args, particles=64, runs=2)
+    with jax.set_mesh(particle_mesh()):
+        spread = run(*args, particles=64, runs=2)
+    assert {s.data.shape for s in spread.result.final["x"].addressable_shards} == {(2, 8, 1)}
+    np.testing.assert_allclose(spread.log_evidence, alone.log_evidence, atol=1e-4)

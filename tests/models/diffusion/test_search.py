@@ -94,6 +94,7 @@ def test_rounds_never_lose_what_was_found():
         assert (np.diff(found.trace) >= 0).all() and found.trace[-1] == found.reward
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_more_candidates_find_more():
     """Mean reward over 60 independent runs, by candidates: beyond four standard errors."""

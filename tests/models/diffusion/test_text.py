@@ -213,6 +213,7 @@ def right_share(tokens):
     return jnp.mean(text.right_steps(tokens).astype(float))
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_steering_by_the_checker_makes_lines_right():
     """A line drawn by weight against a plain one, equal network calls of each particle.
@@ -238,6 +239,7 @@ def test_steering_by_the_checker_makes_lines_right():
     assert gap(shares["steered"][1], shares["best of N"][1]) > -4
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_the_evidence_of_an_event_is_its_share_among_plain_samples():
     """The last result is as the first, and the question makes it another one; two rows."""
@@ -267,6 +269,7 @@ SCHEDULES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_votes_over_schedules():
     """Sixty problems in three rows: lines of three schedules, their vote, and the steered one.
