@@ -70,8 +70,9 @@ test-fast: $(STAMPS)/dev  ## exact tests that are quick; no language models, not
 test-slow: $(STAMPS)/dev  ## tests that take minutes
 	$(PYTEST) -n 2 -m slow
 
-test-grid: $(STAMPS)/dev  ## every scheme x trigger x tilt x program; writes benchmarks/results/grid.json
+test-grid: $(STAMPS)/dev  ## every scheme x trigger x tilt x program (writes benchmarks/results/grid.json), sampler x rule
 	$(PY) benchmarks/grid.py
+	$(PYTEST) -n 2 -m grid
 
 float64: $(STAMPS)/dev  ## the exact tests again in float64
 	JAX_ENABLE_X64=1 $(PYTEST) -n 2 -m "$(PLAIN) and not statistical and not compile" \

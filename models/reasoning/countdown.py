@@ -216,12 +216,11 @@ def countdowns(
         target = int(rng.choice(np.asarray(targets)))
         if target in numbers or any(target in left for left in _successors(numbers)):
             continue
-        found += [(numbers, target)] if solvable(numbers, target) else []
+        if solvable(numbers, target):
+            found.append((numbers, target))
         if len(found) == count:
-            break
-    if len(found) < count:
-        raise ValueError(f"smcscale: too few problems with targets in {targets} can be solved.")
-    return found
+            return found
+    raise ValueError(f"smcscale: too few problems with targets in {targets} can be solved.")
 
 
 def _after(numbers: tuple[int, ...], i: int, j: int, sign: str) -> tuple[int, ...] | None:

@@ -20,13 +20,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int32
 
 from smcscale.models.reasoning.architecture import Config
 from smcscale.models.reasoning.cache import KeysValues
 from smcscale.models.reasoning.decode import Prompted, TextState, Written
 from smcscale.models.reasoning.language_model import LanguageModel, check_tokens
+from smcscale.models.reasoning.next_step import NextStep
 from smcscale.models.reasoning.sampling import Sampling
 
 Law = Callable[[Int32[Array, " C"], Int32[Array, ""]], Float[Array, " V"]]
@@ -147,29 +147,10 @@ class KnownModel(LanguageModel):
         return over, over | self.ends_step[token]
 
 
-class NextKnownStep(dist.Distribution):
-    """Distribution of the next step of a text: `sample(key) -> TextState`, `log_prob(state)`.
+class NextKnownStep(NextStep):
+    """Distribution of the next step of a text of a `KnownModel`, see `NextStep`."""
 
-    A finished text stays as it is, with probability one.  As of `NextStep`, this is the law q.
-    """
-
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012  as in NumPyro
-    support = dist.constraints.real  # pyright: ignore  NumPyro allows a class attribute
-
-    def __init__(self, lm: KnownModel, state: TextState):
-        self.lm, self.state = lm, state
-        super().__init__(batch_shape=(), event_shape=(), validate_args=False)
-
-    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
-        """The `TextState` after one step.
-
-        Raises:
-            NotImplementedError: for a `sample_shape`; use `jax.vmap` over keys.
-        """
-        if sample_shape != ():
-            raise NotImplementedError(
-                "smcscale: next_step draws one step at a time.\n  try: jax.vmap over keys."
-            )
+    def _write(self, key: Any) -> Written:
         lm, before = self.lm, self.state.written
 
         def write(carry, key):
@@ -187,15 +168,10 @@ class NextKnownStep(dist.Distribution):
         sums = (before.log_prob, before.log_proposal)
         keys = jax.random.split(key, lm.step_tokens)
         (tokens, length, over, _, log_p, log_q), _ = jax.lax.scan(write, (*start, *sums), keys)
-        return TextState(
-            Written(tokens, length, before.length, over, before.cache, log_p, log_q, *sums)
-        )
+        return Written(tokens, length, before.length, over, before.cache, log_p, log_q, *sums)
 
     def log_prob(self, value: Any, intermediates: Any = None) -> Float[Array, ""]:
-        """Log probability `()` of the newest step of `value` (a `TextState`) after this state, nats.
-
-        `-inf` for what the sampler cannot produce, see `NextStep`.
-        """
+        """Log probability `()` of the newest step of `value`, see `NextStep`."""
         lm, before, after = self.lm, self.state.written, value.written
 
         def read(carry, _):

@@ -43,8 +43,12 @@ class NextStep(dist.Distribution):
             )
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
+        return TextState(self._write(key), self.state.prompt)
+
+    def _write(self, key: Any) -> decode.Written:
+        """The text after one step."""
         lm, state = self.lm, self.state
-        written = decode.write_step(
+        return decode.write_step(
             key,
             lm.graph,
             lm.weights,
@@ -55,7 +59,6 @@ class NextStep(dist.Distribution):
             step_tokens=lm.step_tokens,
             end_tokens=lm.config.end_tokens,
         )
-        return TextState(written, state.prompt)
 
     def log_prob(self, value: Any, intermediates: Any = None) -> Float[Array, ""]:
         """Log probability `()` of the newest step of `value` (a `TextState`) after this state, nats.

@@ -131,7 +131,10 @@ def test_the_texts_are_all_there():
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("case", range(len(CASES)))
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[pytest.mark.slow] if c == 1 else []) for c in range(len(CASES))],
+)
 def test_evidence_and_law_are_exact(case):
     _, _, with_reward, twice, options, law = CASES[case]
     law = language_model(**options).sampling if law is None else law

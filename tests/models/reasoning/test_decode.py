@@ -48,6 +48,7 @@ def test_texts_are_drawn_with_their_probabilities():
     assert scipy.stats.chisquare(observed[keep], wanted).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_log_prob_is_that_of_a_full_pass_and_sums_to_one():
     state = GIVEN.start()
     total = 0.0

@@ -14,18 +14,9 @@ from smcscale.models.reasoning.host_program import host_reason, texts_of
 from smcscale.models.reasoning.language_model import LanguageModel
 from smcscale.models.reasoning.potentials import difference, product
 from smcscale.models.reasoning.tokenizer import Tokenizer
+from support.compilations import compilations
 from support.montecarlo import assert_mean
 from support.reasoning import tiny
-
-_COMPILED = []
-
-
-def _listen(event, duration, **_):
-    if event == "/jax/core/compile/backend_compile_duration":
-        _COMPILED.append(event)
-
-
-jax.monitoring.register_event_duration_secs_listener(_listen)
 
 STEPS = 3
 WORDS = {"<end>": tiny.STOP, "<next>": tiny.BREAK, "a": tiny.A, "b": tiny.B}
@@ -125,9 +116,7 @@ def test_another_prompt_compiles_nothing():
         smc.run(jax.random.key(0))
 
     once("a a b")
-    before = len(_COMPILED)
-    once("b a a")
-    assert len(_COMPILED) == before
+    assert compilations(lambda: once("b a a")) == 0
 
 
 @pytest.mark.refusal

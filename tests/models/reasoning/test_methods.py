@@ -66,10 +66,10 @@ def test_evidence_and_law_are_exact(name):
 @pytest.mark.parametrize(
     "method",
     [
-        methods.published_entropic_filter(STEPS),
+        pytest.param(methods.published_entropic_filter(STEPS), marks=pytest.mark.slow),
         methods.beam_search(2),
-        methods.diverse_trees(2),
-        methods.balanced_search(),
+        pytest.param(methods.diverse_trees(2), marks=pytest.mark.slow),
+        pytest.param(methods.balanced_search(), marks=pytest.mark.slow),
     ],
     ids=["entropic as published", "beam", "trees", "balanced"],
 )

@@ -68,7 +68,9 @@ def run(accepts=obeys, lm=LM, num_particles=8, num_runs=1, **options):
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("accepts", [obeys, late], ids=["early", "late"])
+@pytest.mark.parametrize(
+    "accepts", [obeys, pytest.param(late, marks=pytest.mark.slow)], ids=["early", "late"]
+)
 def test_evidence_is_the_probability_to_obey(accepts):
     smc = run(accepts, num_runs=1200)
     ratio = np.exp(np.asarray(smc.log_evidence, np.float64)) / evidence()
@@ -91,6 +93,7 @@ def test_texts_obey_and_calls_are_counted():
     assert smc.cost["predicate_calls"] == len(calls)
 
 
+@pytest.mark.slow
 def test_the_prior_may_be_the_model_itself():
     """Temperature changes the law of the texts only where it is part of the prior."""
     by_model = run(lm=language_model(temperature=3.0, prior="model"), num_particles=64)

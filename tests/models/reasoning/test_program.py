@@ -40,8 +40,8 @@ def weight(scores, tokens, potential, rule):
 CASES = [  # potential, finished, trigger (None: the default), smallest bias to see
     (program.difference, "absorb", None, 0.03),
     (program.difference, "absorb", always, 0.03),
-    (program.product, "absorb", always, 0.03),
-    (program.odds, "absorb", None, 0.03),
+    pytest.param(program.product, "absorb", always, 0.03, marks=pytest.mark.slow),
+    pytest.param(program.odds, "absorb", None, 0.03, marks=pytest.mark.slow),
     (program.odds, "reweigh", always, 0.05),
 ]
 

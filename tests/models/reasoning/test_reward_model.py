@@ -25,7 +25,9 @@ from smcscale.models.reasoning.transformer import Transformer
 from support.reasoning import tiny
 
 
-@pytest.mark.parametrize("confidence", [None, np.array([[0.1, 0.3]])])
+@pytest.mark.parametrize(
+    "confidence", [None, pytest.param(np.array([[0.1, 0.3]]), marks=pytest.mark.slow)]
+)
 def test_reading_step_by_step_equals_a_full_pass(confidence):
     lm = tiny.language_model(step_tokens=3, max_tokens=12).given(tiny.PROMPT)
     prm = tiny.reward_model(confidence=confidence).given(tiny.PROMPT)

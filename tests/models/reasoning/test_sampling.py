@@ -303,7 +303,10 @@ TARGETS = [
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize(("options", "prior", "runs"), TARGETS)
+@pytest.mark.parametrize(
+    ("options", "prior", "runs"),
+    [*(pytest.param(*case, marks=pytest.mark.slow) for case in TARGETS[:-1]), TARGETS[-1]],
+)
 def test_evidence_is_that_of_the_prior(options, prior, runs):
     lm = language_model(prior=prior, **options)
     p, q = laws(lm, **options)

@@ -97,7 +97,7 @@ def test_logits_equal_stored_logits_of_transformers(case):
 
 
 @pytest.mark.parametrize(
-    "index", [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in (2, 3, 4))]
+    "index", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3, 4))]
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family, index):
@@ -139,7 +139,9 @@ def test_logits_equal_transformers(family, index):
         np.testing.assert_allclose(written.log_prob[row], exact, atol=len(mine) * TOLERANCE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.slow] if f != "Gemma3" else []) for f in FAMILIES]
+)
 def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(family):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")

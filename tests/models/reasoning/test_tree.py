@@ -263,6 +263,7 @@ def test_what_has_no_tree_is_refused():
         from_texts(TEXTS, log_weights=np.zeros(2))
 
 
+@pytest.mark.slow
 def test_the_picture_of_annealing_has_a_mark_for_each_resampling():
     plt.switch_backend("Agg")
     smc = finished_run()
