@@ -7,14 +7,17 @@ SmolLM2-135M-Instruct, three worked examples in its chat template, fresh two- an
 numbers 2 to 10. A line is a step; `EquationJudge` scores it, in plain Python (`host_reason`), knowing neither
 plan nor answer. Each problem gets three runs at equal numbers of texts: no resampling (read as one sample, best
 score, majority and weighted vote), the particle filter resampling at every line, and below half of the ESS.
-Runs go to a file of rows, so that a run that was stopped goes on. Intervals are bootstraps over problems,
+Rows go to a file (`bench.py`), so that a run that was stopped goes on. Intervals are bootstraps over problems,
 differences paired. Writes `benchmarks/results/smollm2.json`.
 """
 
 import argparse
+import itertools
 import json
 import random
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,10 +25,11 @@ from provenance import made_with
 
 from smcscale import SMC, ParticleFilter
 from smcscale.kernels import triggers
-from smcscale.models.reasoning import answers, report
+from smcscale.models.reasoning import answers, bench, report
 from smcscale.models.reasoning.equations import EquationJudge
 from smcscale.models.reasoning.host_program import host_reason, texts_of
 from smcscale.models.reasoning.language_model import LanguageModel
+from smcscale.models.reasoning.problem_files import Problem
 from smcscale.models.reasoning.smollm2 import get_smollm2
 
 RESULT = Path(__file__).resolve().parent / "results" / "smollm2.json"
@@ -53,7 +57,7 @@ EXAMPLES = (
 )
 
 
-def problem(rng: random.Random) -> tuple[str, int]:
+def problem(rng: random.Random, number: int) -> Problem:
     """A question of two or three steps, and its answer."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     first, second = rng.randint(2, 10), rng.randint(2, 10)
@@ -74,7 +78,8 @@ def problem(rng: random.Random) -> tuple[str, int]:
         else:
             value += more
             text += f" {name} finds {more} {thing}."
-    return f"{text} How many {thing} does {name} have now?", value
+    question = f"{text} How many {thing} does {name} have now?"
+    return Problem(str(number), question, str(value))
 
 
 def prompt(lm: LanguageModel, question: str) -> list[int]:
@@ -87,10 +92,17 @@ def prompt(lm: LanguageModel, question: str) -> list[int]:
     return lm.chat(messages)
 
 
-def run(lm: LanguageModel, question: str, trigger, particles: int, key) -> dict:
+def cell(lm: LanguageModel, problem: Problem, method: str, particles: int, seed: int) -> report.Row:
+    """All runs of a problem, on one key, which pairs them."""
+    key = jax.random.fold_in(jax.random.key(seed), int(problem.id))
+    runs = {name: run(lm, problem, trigger, particles, key) for name, trigger in RUNS.items()}
+    return {"answer": problem.answer} | runs
+
+
+def run(lm: LanguageModel, problem: Problem, trigger: Any, particles: int, key: Any) -> dict:
     """What one run left: answers, log-weights, scores, tokens."""
-    judge = EquationJudge(question)
-    program = host_reason(lm, judge, prompt(lm, question), max_steps=MAX_STEPS)
+    judge = EquationJudge(problem.question)
+    program = host_reason(lm, judge, prompt(lm, problem.question), max_steps=MAX_STEPS)
     smc = SMC(
         ParticleFilter(program, trigger=trigger, store="last"),
         num_particles=particles, progress_bar=False,
@@ -110,11 +122,11 @@ def run(lm: LanguageModel, question: str, trigger, particles: int, key) -> dict:
     }
 
 
-def chosen(row: dict) -> dict[str, str | None]:
+def chosen(name: str, run: dict) -> dict[str, str | None]:
     """The answer of every method that a run serves."""
-    texts, weights, scores = row["answers"], np.array(row["log_weights"]), np.array(row["scores"])
-    if row["run"] != "independent":
-        return {f"particle filter, {row['run']}": answers.weighted_majority(texts, weights)}
+    texts, weights, scores = run["answers"], np.array(run["log_weights"]), np.array(run["scores"])
+    if name != "independent":
+        return {f"particle filter, {name}": answers.weighted_majority(texts, weights)}
     return {
         "one sample": texts[0],
         "best score": answers.argmax(texts, weights, scores),
@@ -125,15 +137,14 @@ def chosen(row: dict) -> dict[str, str | None]:
 
 def summary(rows: list[dict]) -> dict:
     """The result file."""
-    right: dict[str, dict[int, bool]] = {}
-    tokens: dict[str, list[int]] = {}
-    for row in rows:
-        for method, answer in chosen(row).items():
-            right.setdefault(method, {})[row["problem"]] = answer == str(row["answer"])
-            share = len(row["answers"]) if method == "one sample" else 1
-            tokens.setdefault(method, []).append(row["tokens"] // share)
-    done = sorted(set.intersection(*(set(found) for found in right.values())))
-    values = {method: np.array([found[p] for p in done], float) for method, found in right.items()}
+    right: dict[str, list[float]] = {}
+    tokens: dict[str, list[float]] = {}
+    for row, name in itertools.product(rows, RUNS):
+        for method, answer in chosen(name, row[name]).items():
+            right.setdefault(method, []).append(float(answer == row["answer"]))
+            share = len(row[name]["answers"]) if method == "one sample" else 1
+            tokens.setdefault(method, []).append(row[name]["tokens"] / share)
+    values = {method: np.array(found) for method, found in right.items()}
     table, gains = [], {}
     methods = list(values)
     for method, value in values.items():
@@ -151,28 +162,15 @@ def summary(rows: list[dict]) -> dict:
     adjusted = report.holm([one["p_value"] for one in gains.values()])
     for one, p_value in zip(gains.values(), adjusted, strict=True):
         one["p_value, Holm"] = float(p_value)
-    evidence = np.array([row["log_evidence"] for row in rows if row["run"] == "always"])
     return {
         "question": (__doc__ or "").splitlines()[0],
         **made_with("jax", "smcscale", "gguf"),
-        "problems": len(done),
+        "problems": len(rows),
         "problem seed": PROBLEM_SEED,
         "differences": gains,
-        "mean log evidence": float(evidence.mean()) if len(evidence) else None,
         "table": {"columns": ["method", "share solved (95% interval)", "tokens a problem"],
                   "rows": table},
     }  # fmt: skip
-
-
-def kept(path: Path, configuration: dict) -> list[dict]:
-    """Rows of a file of the same configuration; a torn last line is dropped, a new file is begun."""
-    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    if not whole:
-        whole = [json.dumps(configuration).encode()]
-    elif json.loads(whole[0]) != configuration:
-        raise SystemExit(f"{path} was made with {whole[0].decode()}; choose another --rows.")
-    path.write_bytes(b"".join(line + b"\n" for line in whole))
-    return [json.loads(line) for line in whole[1:]]
 
 
 def main() -> None:
@@ -184,39 +182,26 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=Path("smollm2_rows.jsonl"))
     parser.add_argument("--report", action="store_true", help="of the rows that are there")
     options = parser.parse_args()
-    configuration = {
-        "configuration": {
-            "problem seed": PROBLEM_SEED, "texts": options.particles,
-            "temperature": options.temperature, "max steps": MAX_STEPS,
-            "step tokens": STEP_TOKENS, "max tokens": MAX_TOKENS,
-        }
+    told = {
+        "problem seed": PROBLEM_SEED, "texts": options.particles,
+        "temperature": options.temperature, "max steps": MAX_STEPS,
+        "step tokens": STEP_TOKENS, "max tokens": MAX_TOKENS,
     }  # fmt: skip
-    rows = kept(options.rows, configuration)
-    done = {(row["problem"], row["run"]) for row in rows}
-    if not options.report:
+    if options.report:
+        kept = report.read_results(options.rows)
+        rows, told = kept.rows, kept.configuration
+    else:
         lm = LanguageModel.from_pretrained(
             get_smollm2(), temperature=options.temperature, step_tokens=STEP_TOKENS,
             max_tokens=MAX_TOKENS,
         )  # fmt: skip
         rng = random.Random(PROBLEM_SEED)
-        for number in range(options.problems):
-            question, answer = problem(rng)
-            for name, trigger in RUNS.items():
-                if (number, name) in done:
-                    continue
-                key = jax.random.fold_in(jax.random.key(0), number)  # shared: runs are paired
-                made = run(lm, question, trigger, options.particles, key)
-                rows.append({"problem": number, "run": name, "answer": answer} | made)
-                with options.rows.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-            if number % 10 == 9:
-                print(
-                    number + 1,
-                    *(" ".join(row[:2]) for row in summary(rows)["table"]["rows"]),
-                    sep="\n ",
-                    flush=True,
-                )
-    result = summary(rows) | configuration
+        problems = [problem(rng, number) for number in range(options.problems)]
+        rows = bench.run(
+            problems, partial(cell, lm), options.rows, methods=["smollm2"],
+            budgets=[options.particles], configuration=told,
+        )  # fmt: skip
+    result = summary(rows) | {"configuration": told}
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result["table"]["rows"], indent=1))
 
