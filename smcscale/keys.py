@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Key, PRNGKeyArray
 
 # purposes: folded in first, so that no two kinds of draw share a stream
-_INITIAL, _MOVE, _RESAMPLE, _READOUT, _PREDICT = range(5)
+_INITIAL, _MOVE, _RESAMPLE, _READOUT, _PREDICT, _ANCESTOR = range(6)
 
 
 def as_key(key: Array) -> PRNGKeyArray:
@@ -62,6 +62,11 @@ def resampling(step_key: PRNGKeyArray) -> PRNGKeyArray:
 def move(step_key: PRNGKeyArray) -> PRNGKeyArray:
     """Key of the transition inside a step."""
     return jax.random.fold_in(step_key, _MOVE)
+
+
+def ancestor(step_key: PRNGKeyArray) -> PRNGKeyArray:
+    """Key of the draw of a kept path's ancestor inside a step."""
+    return jax.random.fold_in(step_key, _ANCESTOR)
 
 
 def readout(key: PRNGKeyArray) -> PRNGKeyArray:

@@ -47,11 +47,11 @@ from smcscale.models.reasoning.budget import Metered, Spent
 from smcscale.models.reasoning.grading import needs_verifier, read_answer, same_answer
 from smcscale.models.reasoning.language_model import LanguageModel
 from smcscale.models.reasoning.methods import Method
+from smcscale.models.reasoning.outcome import run_method
 from smcscale.models.reasoning.problem_files import Problem
 from smcscale.models.reasoning.program import Prompt, Reward
 from smcscale.models.reasoning.report import HEADER, Row, read_results
 from smcscale.models.reasoning.rewards import RewardFunction
-from smcscale.run import SMC
 
 
 def _children(n: int) -> int:
@@ -59,7 +59,12 @@ def _children(n: int) -> int:
     return next(k for k in (4, 3, 2, 1) if n % k == 0)
 
 
-#: `(N, max_steps) -> Method`
+def _sweeps(n: int) -> int:
+    """Sweeps that share N texts: up to 4, each of two or more."""
+    return max(1, min(4, n // 2))
+
+
+#: `(N, max_steps) -> Method`; N counts the texts of all sweeps
 METHODS: dict[str, Callable[[int, int], Method]] = {
     "particle_filter": lambda n, steps: methods.particle_filter(),
     "best_of_n": lambda n, steps: methods.best_of_n(),
@@ -73,6 +78,10 @@ METHODS: dict[str, Callable[[int, int], Method]] = {
     "look_ahead": lambda n, steps: methods.look_ahead(_children(n)),
     "steering": lambda n, steps: methods.steering(n // _children(n), _children(n)),
     "entropic_filter": lambda n, steps: methods.entropic_filter(steps),
+    "particle_gibbs": lambda n, steps: methods.particle_gibbs(_sweeps(n)),
+    "parallel_tempering": lambda n, steps: methods.parallel_tempering(
+        (1.0, 2.0) if n > 3 else (1.0,), _sweeps(n // 2)
+    ),
     "published_filter": lambda n, steps: methods.published_filter(),
     "published_entropic_filter": lambda n, steps: methods.published_entropic_filter(steps),
 }
@@ -211,7 +220,7 @@ class Runner:
         return {
             "answer": answer,
             "correct": same_answer(answer, problem.answer, self.verify),
-            "answered": sum(each is not None for each in texts.answers) / num_particles,
+            "answered": sum(each is not None for each in texts.answers) / len(texts.answers),
             "log_evidence": texts.log_evidence if judged else None,
             **{name: x if judged or "prm" not in name else 0 for name, x in cost.items()},
             "seconds": texts.seconds,
@@ -227,26 +236,20 @@ class Runner:
         metered = Metered.of(self.lm, reward, prompt)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(problem.id.encode()) >> 1)
         run_key, select_key = jax.random.split(key)
-        smc = SMC(
-            chosen.filter,
-            num_particles=num_particles,
-            num_islands=chosen.num_islands,
-            progress_bar=False,
-        )
-        smc.run(run_key, self.lm, metered, prompt, max_steps=self.max_steps, **chosen.options)
-        samples, log_weights = smc.get_samples(weighted=True)
-        written, scores = samples["step"].written, np.asarray(samples["score"])
-        tokens, lengths = np.asarray(written.tokens), np.asarray(written.length)
+        outcome = run_method(
+            chosen, run_key, self.lm, metered, prompt,
+            num_particles=num_particles // chosen.num_populations, max_steps=self.max_steps,
+        )  # fmt: skip
         found = [
-            read_answer(self.lm.decode(row[:n])) for row, n in zip(tokens, lengths, strict=True)
+            read_answer(self.lm.decode(row[:n]))
+            for row, n in zip(outcome.tokens, outcome.lengths, strict=True)
         ]
-        try:
-            evidence = round(float(smc.log_evidence[0]), 5)
-        except ValueError:  # a selection kernel left no target
-            evidence = None
+        evidence = None if outcome.log_evidence is None else round(outcome.log_evidence, 5)
         seconds = round(time.perf_counter() - started, 3)
-        spent = metered.spent(smc.cost)
-        return Texts(found, np.asarray(log_weights), scores, evidence, select_key, spent, seconds)
+        spent = metered.spent(outcome.cost)
+        return Texts(
+            found, outcome.log_weights, outcome.scores, evidence, select_key, spent, seconds
+        )
 
 
 def run(

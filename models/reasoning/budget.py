@@ -103,7 +103,7 @@ class Spent(NamedTuple):
     Attributes:
         tokens: drawn, those of texts that were dropped later too.
         prompt_tokens: of the question as the language model read it, once for all particles.
-        flops: of the language model, attention counted.
+        flops: of the language model, attention counted; kept texts that were read again too.
         prm_tokens: run through the reward model for steps, marks counted.
         prm_prompt_tokens: of the question as the reward model read it.
         prm_passes: steps that the reward model judged.
@@ -226,7 +226,8 @@ class Metered(eqx.Module):
         prompt, question = int(self.prompt_length), int(self.judge_length)
         looked = float(attended(self.writer, 0, prompt - 1))
         flops = forward_flops(self.writer, prompt - 1, looked, logits=False)
-        flops += forward_flops(self.writer, tokens, cost["writer_attended"], logits=True)
+        passed = tokens + cost.get("read_tokens", 0.0)
+        flops += forward_flops(self.writer, passed, cost["writer_attended"], logits=True)
         prm_flops = 0.0
         if self.judge is not None:
             looked = float(attended(self.judge, 0, question))

@@ -16,6 +16,9 @@ the rule that chooses the answer.  Nothing else differs between these:
 | `steering` | the best kept once, without replacement | always | difference | that of the potential |
 | `beam_search` | the k best | always | newest score | none |
 | `diverse_trees` | the best of each island | always | newest score | none |
+| `particle_gibbs` | systematic, a text kept | ESS below half | difference | that of the potential |
+| `parallel_tempering` | as `particle_gibbs`, chains that swap | ESS below half | difference | that of the potential |
+| `published_particle_gibbs` | multinomial, a text kept | always | as `published_filter` | as there |
 | `balanced_search` | in proportion to `exp(score / temperature)` | always | newest score | none |
 
 "None": the run has no target at a fixed number of particles and its evidence is refused, or (for
@@ -27,6 +30,8 @@ searches see the newest score only, that of a finished text at every row; pruned
 | `published_filter` | Puri et al. 2025 (arXiv 2502.01618), algorithm 1 |
 | `entropic_filter` | Giannone et al. 2025 (arXiv 2510.05825); corrected: the quotient is kept |
 | `look_ahead` | their look-ahead modulation, as resampling of n k children to n |
+| `particle_gibbs` | `gibbs.py`; Puri et al. 2025, algorithm 2, as published |
+| `parallel_tempering` | `gibbs.py`; Puri et al. 2025, algorithm 3 |
 | `steering` | Lew et al. 2023 (arXiv 2306.03081), Fearnhead & Clifford 2003 |
 | `beam_search` | Snell et al. 2024 (arXiv 2408.03314), section 5.2 |
 | `diverse_trees` | DVTS, Beeching, Tunstall & Rush 2024 |
@@ -47,6 +52,7 @@ from smcscale.kernels.resampling import Balanced, FanOut, TopK
 from smcscale.kernels.tilts import Optimal
 from smcscale.kernels.triggers import always, never
 from smcscale.models.reasoning import answers
+from smcscale.models.reasoning.gibbs import Sweeps
 from smcscale.models.reasoning.potentials import odds, product
 from smcscale.models.reasoning.program import reason
 
@@ -60,12 +66,19 @@ class Method:
         options: keyword arguments of `reason`.
         select: the rule that chooses the answer, see `answers.py`.
         num_islands: of the population.
+        sweeps: of particle Gibbs, None for one run of the filter.
     """
 
     filter: ParticleFilter
     options: dict[str, Any] = field(default_factory=dict)
     select: Callable[..., str | None] = answers.weighted_majority
     num_islands: int = 1
+    sweeps: Sweeps | None = None
+
+    @property
+    def num_populations(self) -> int:
+        """How many populations of N texts the method writes."""
+        return 1 if self.sweeps is None else self.sweeps.number * len(self.sweeps.temperatures)
 
 
 def _filter(**kernels: Any) -> ParticleFilter:
@@ -163,3 +176,43 @@ def balanced_search(temperature: float = 0.2) -> Method:
     return Method(
         _filter(resampling=Balanced(temperature), trigger=always), options, answers.score_vote
     )
+
+
+def particle_gibbs(
+    num_sweeps: int = 4, *, ancestor_sampling: bool = True, **kernels: Any
+) -> Method:
+    """A filter run `num_sweeps` times, each with a text kept from the one before; the first is not read.
+
+    Args:
+        num_sweeps: each of N texts; 1 is the filter.
+        ancestor_sampling: whether a kept text may change its beginning; each particle then reads its
+            rest at every resampling.
+        **kernels: as for `ParticleFilter`; resampling with a conditional form.
+    """
+    sweeps = Sweeps(num_sweeps, min(1, num_sweeps - 1), ancestor_sampling)
+    return Method(_filter(**kernels), sweeps=sweeps)
+
+
+def published_particle_gibbs(num_sweeps: int = 4) -> Method:
+    """Particle Gibbs of Puri et al. as published: only the last sweep is read, by its best last score."""
+    kernels = _filter(resampling=resampling.multinomial, trigger=always)
+    sweeps = Sweeps(num_sweeps, num_sweeps - 1, ancestor_sampling=False)
+    return Method(kernels, _EVERY_ROW, answers.argmax, sweeps=sweeps)
+
+
+def parallel_tempering(
+    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0),
+    num_sweeps: int = 4,
+    *,
+    ancestor_sampling: bool = True,
+    **kernels: Any,
+) -> Method:
+    """Particle Gibbs chains of several temperatures that swap their kept texts; the first is read.
+
+    Args:
+        temperatures: of the potentials (`G^(1 / temperature)`), one chain each.
+        num_sweeps, ancestor_sampling, **kernels: as for `particle_gibbs`.
+    """
+    burn_in = min(1, num_sweeps - 1)
+    sweeps = Sweeps(num_sweeps, burn_in, ancestor_sampling, tuple(temperatures))
+    return Method(_filter(**kernels), sweeps=sweeps)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from smcscale.models.reasoning import cache, decode
 from smcscale.models.reasoning.decode import TextState
@@ -60,18 +60,12 @@ class NextStep(dist.Distribution):
             end_tokens=lm.config.end_tokens,
         )
 
-    def log_prob(self, value: Any, intermediates: Any = None) -> Float[Array, ""]:
-        """Log probability `()` of the newest step of `value` (a `TextState`) after this state, nats.
-
-        Under q, by the step's tokens alone; `-inf` for what the sampler cannot produce: a step that
-        stops early or runs on past its end, or that continues a finished text.
-        """
-        lm, before, after = self.lm, self.state.written, value.written
+    def _told(
+        self, tokens: Int32[Array, " S"], count: Int32[Array, ""]
+    ) -> tuple[Float[Array, " S"], Float[Array, " S"], Any]:
+        """Log probabilities of given tokens under q and p, and the cache once `count` are written."""
+        lm, before = self.lm, self.state.written
         prompt = lm.prompt_of(self.state)
-        size = lm.step_tokens
-        count = after.length - before.length
-        padded = jnp.concatenate([after.tokens, jnp.zeros(size, jnp.int32)])
-        tokens = jax.lax.dynamic_slice(padded, (before.length,), (size,))
         newest = jnp.where(
             before.length == 0,
             prompt.tokens[prompt.length - 1],
@@ -79,7 +73,7 @@ class NextStep(dist.Distribution):
         )
         inputs = jnp.concatenate([newest[None], tokens[:-1]])
         one = lambda tree: jax.tree.map(lambda x: x[None], tree)
-        hidden, _ = cache.extend(
+        hidden, suffix = cache.extend(
             lm.model,
             jax.tree.map(lambda x: x[:, None], prompt.cache),
             (prompt.length - 1)[None],
@@ -88,16 +82,77 @@ class NextStep(dist.Distribution):
             inputs[None],
             count[None],
         )
-        log_probs = jax.nn.log_softmax(lm.sampling(lm.model.logits(hidden[0])))
-        chosen = jnp.take_along_axis(log_probs, tokens[:, None], axis=1)[:, 0]
-        inside = jnp.arange(size) < count
-        over = lm.ends_step[tokens] | jnp.isin(tokens, jnp.asarray(lm.config.end_tokens, int))
-        last = jnp.arange(size) == count - 1
-        complete = jnp.any(over & last) | (count == size) | (after.length == lm.max_tokens)
-        possible = (count >= 1) & (count <= size) & complete & ~jnp.any(over & inside & ~last)
-        written = jnp.sum(jnp.where(inside, chosen, 0.0))
-        return jnp.where(
-            before.finished,
-            jnp.where(count == 0, 0.0, -jnp.inf),
-            jnp.where(possible, written, -jnp.inf),
+        logits = lm.model.logits(hidden[0])
+        drawn, known = (
+            jnp.take_along_axis(jax.nn.log_softmax(law), tokens[:, None], axis=1)[:, 0]
+            for law in (lm.sampling(logits), logits)
         )
+        return drawn, known, jax.tree.map(lambda x: x[0], suffix)
+
+    def _possible(self, tokens: Int32[Array, " S"], count: Int32[Array, ""]) -> Array:
+        """Whether the sampler could stop after these `count` tokens and not before."""
+        lm, before = self.lm, self.state.written
+        place = jnp.arange(lm.step_tokens)
+        over = lm.ends_step[tokens] | jnp.isin(tokens, jnp.asarray(lm.config.end_tokens, int))
+        last = place == count - 1
+        length = before.length + count
+        complete = jnp.any(over & last) | (count == lm.step_tokens) | (length == lm.max_tokens)
+        fits = (count >= 1) & (count <= lm.step_tokens) & (length <= lm.max_tokens)
+        early = jnp.any(over & (place < count) & ~last)
+        return jnp.where(before.finished, count == 0, fits & complete & ~early)
+
+    def log_prob(self, value: Any, intermediates: Any = None) -> Float[Array, ""]:
+        """Log probability `()` of the newest step of `value` (a `TextState`) after this state, nats.
+
+        Under q, by the step's tokens alone; `-inf` for what the sampler cannot produce: a step that
+        stops early or runs on past its end, or that continues a finished text.
+        """
+        size, before, after = self.lm.step_tokens, self.state.written, value.written
+        count = after.length - before.length
+        padded = jnp.concatenate([after.tokens, jnp.zeros(size, jnp.int32)])
+        tokens = jax.lax.dynamic_slice(padded, (before.length,), (size,))
+        drawn, _, _ = self._told(tokens, count)
+        total = jnp.sum(jnp.where(jnp.arange(size) < count, drawn, 0.0))
+        return jnp.where(self._possible(tokens, count), total, -jnp.inf)
+
+    def follow(
+        self, tokens: Int32[Array, " S"], count: Int32[Array, ""]
+    ) -> tuple[Any, Float[Array, ""]]:
+        """The `TextState` after given tokens instead of drawn ones, and their log probability under q.
+
+        For conditional filters, whose kept text is written again after other beginnings. Where the
+        sampler cannot write these tokens here, the text stays as it is and the probability is 0.
+
+        Args:
+            tokens: `(step_tokens,)`, the step, padded.
+            count: how many count; 0 for a text that is finished.
+        """
+        lm, before = self.lm, self.state.written
+        drawn, known, suffix = self._told(tokens, count)
+        inside = jnp.arange(lm.step_tokens) < count
+        log_q, log_p = (jnp.sum(jnp.where(inside, told, 0.0)) for told in (drawn, known))
+        possible = self._possible(tokens, count) & (log_q > -jnp.inf)
+        count = jnp.where(possible, count, 0)
+        room = before.tokens.shape[0]
+        place = jnp.where(jnp.arange(lm.step_tokens) < count, before.length, room)
+        places = jnp.minimum(place + jnp.arange(lm.step_tokens), room)
+        written = before.tokens.at[places].set(tokens, mode="drop")
+        length = before.length + count
+        newest = tokens[jnp.maximum(count - 1, 0)]
+        said = jnp.isin(newest, jnp.asarray(lm.config.end_tokens, jnp.int32))
+        over = before.finished | ((count > 0) & (said | (length >= lm.max_tokens)))
+        sums = (
+            before.log_prob + jnp.where(possible, log_p, 0.0),
+            before.log_proposal + jnp.where(possible, log_q, 0.0),
+        )
+        after = decode.Written(
+            written,
+            length,
+            before.length,
+            over,
+            suffix,
+            *sums,
+            before.log_prob,
+            before.log_proposal,
+        )
+        return TextState(after, self.state.prompt), jnp.where(possible, log_q, -jnp.inf)

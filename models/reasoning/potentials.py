@@ -68,12 +68,13 @@ class Potential(eqx.Module):
     Attributes:
         weigh: `(previous aggregate, aggregate) -> log potential`, all `()`.
         aggregate: `(aggregate, score, count) -> aggregate`, see `aggregates.py`.
-        temperature: the potential is raised to `1 / temperature`; large: scores count less.
+        temperature: the potential is raised to `1 / temperature`; large: scores count less. As an
+            array, other values compile nothing.
     """
 
     weigh: Callable[[Array, Array], Array] = eqx.field(static=True)
     aggregate: Callable[[Array, Array, Array], Array] = eqx.field(static=True, default=last)
-    temperature: float = eqx.field(static=True, default=1.0)
+    temperature: ArrayLike = 1.0
 
     def __check_init__(self):
         if not self.temperature > 0:
@@ -88,4 +89,4 @@ class Potential(eqx.Module):
             previous: aggregate before the step, `()`; 1 before the first.
             score: aggregate with the step, `()`.
         """
-        return self.weigh(previous, score) / self.temperature  # pyright: ignore[reportArgumentType]
+        return self.weigh(previous, score) / self.temperature  # pyright: ignore

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, overload
@@ -14,10 +14,10 @@ from smcscale.engine.filter import ParticleFilter
 from smcscale.kernels import resampling
 from smcscale.models.reasoning.language_model import LanguageModel
 from smcscale.models.reasoning.methods import Method
+from smcscale.models.reasoning.outcome import Outcome, run_method
 from smcscale.models.reasoning.program import read_prompt, reason
 from smcscale.models.reasoning.reward_model import ProcessRewardModel
 from smcscale.models.reasoning.tasks import final_answer
-from smcscale.run import SMC
 
 MAX_STEPS = 12
 
@@ -127,14 +127,11 @@ def solve(
             raise ValueError("smcscale: the question is empty.")
         run_key, select_key = jax.random.split(key)
         prompt = read_prompt(lm, prm, text.strip() + "\n")
-        smc = SMC(
-            method.filter,
-            num_particles=num_particles,
-            num_islands=method.num_islands,
-            progress_bar=False,
-        )
-        smc.run(run_key, lm, prm, prompt, max_steps=max_steps, **options)
-        return _read(smc, lm, chosen, select_key, answer_of)
+        outcome = run_method(
+            replace(method, options=options), run_key, lm, prm, prompt,
+            num_particles=num_particles, max_steps=max_steps,
+        )  # fmt: skip
+        return _read(outcome, lm, chosen, select_key, answer_of)
 
     if isinstance(question, str):
         return solved(question, key)
@@ -142,32 +139,24 @@ def solve(
     return [solved(each, k) for each, k in zip(question, keys, strict=True)]
 
 
-def _read(smc: SMC, lm: LanguageModel, select: Select, key: Any, answer_of: Callable) -> Solution:
-    """The solution that a finished run holds."""
-    samples, log_weights = smc.get_samples(weighted=True)
-    written, scores = samples["step"].written, samples["score"]
-    if written.tokens.ndim == 3:  # a store of paths: the last row has the whole text
-        written, scores = jax.tree.map(lambda x: x[:, -1], (written, scores))
-    tokens, lengths = np.asarray(written.tokens), np.asarray(written.length)
-    scores = np.asarray(scores)
+def _read(
+    outcome: Outcome, lm: LanguageModel, select: Select, key: Any, answer_of: Callable
+) -> Solution:
+    """The solution that a method left."""
+    tokens, lengths, log_probs, scores, log_weights, evidence, cost = outcome
     texts = tuple(lm.decode(row[:n]) for row, n in zip(tokens, lengths, strict=True))
     answers = tuple(answer_of(text) for text in texts)
-    log_weights = np.asarray(log_weights)
-    try:
-        evidence = float(smc.log_evidence[0])
-    except ValueError:  # a selection kernel left no target
-        evidence = None
     # some rules read more of a run, and say so
     ends = np.asarray(lm.ends_step)
     more = {
         "texts": texts,
-        "log_probs": np.asarray(written.log_prob),
+        "log_probs": log_probs,
         "num_tokens": lengths,
         "steps": [1 + ends[row[: n - 1]].sum() for row, n in zip(tokens, lengths, strict=True)],
     }
     needed = {name: more[name] for name in getattr(select, "needs", ())}
     answer = select(answers, log_weights, scores, key, **needed)
-    return Solution(answer, answers, log_weights, evidence, texts, scores, dict(smc.cost))
+    return Solution(answer, answers, log_weights, evidence, texts, scores, cost)
 
 
 def default_method() -> ParticleFilter:

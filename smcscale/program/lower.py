@@ -30,6 +30,8 @@ class Lowered(NamedTuple):
         inputs: rows, leaves `(T, ...)`.
         num_steps: T.
         advance: `(key, previous, input) -> Advanced`, transition, potential and cost in one go.
+        follow: `(previous, latents, input) -> (Advanced, log density)`, the step to given latents of
+            the row by site, and what the transition says of them.
         observed: names of the observed sites of a row.
         explain: `(key, previous, state, input) -> {site: log potential}` of one particle.
         readout: `state -> (sites before the loop, sites after it)`, deterministics included.
@@ -42,6 +44,7 @@ class Lowered(NamedTuple):
     inputs: Row
     num_steps: int
     advance: Callable[..., Advanced]
+    follow: Callable[..., tuple[Advanced, Array]]
     observed: tuple[str, ...]
     explain: Callable
     readout: Callable
@@ -249,6 +252,13 @@ def lower(
         out, seen = moved(key, previous, at)
         return Advanced(out.state, out.log_increment + scored(seen, out.state, at), seen.costs)
 
+    def follow(previous: ProgramState, given: dict, at: Row) -> tuple[Advanced, Array]:
+        same_sites("the kept path", given, row_latents)
+        seen = body(None, previous, at, given)
+        state = ProgramState(previous.before, as_carry(seen.carry), None, kept(seen.sites))
+        made = Advanced(state, scored(seen, state, at), seen.costs)
+        return made, log_density(seen.sites, "latent")
+
     def log_transition(previous: ProgramState, state: ProgramState, at: Row) -> Array:
         return log_density(replay(previous, state, at).sites, "latent")
 
@@ -281,6 +291,7 @@ def lower(
         inputs,
         num_steps,
         advance,
+        follow,
         tuple(n for n, kind in kinds.items() if kind == "observed"),
         explain,
         readout,

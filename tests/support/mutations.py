@@ -318,6 +318,34 @@ MUTATIONS = [
         "        if wanted is None:\n            mass",
         "tests/models/diffusion/test_autoregressive.py -k clusters_with_their_weights",
     ),
+    Mutation(
+        "a kept path that does not weigh what its new beginning does",
+        "smcscale/engine/conditional.py",
+        "keys.ancestor(step_key), lw + rest)",
+        "keys.ancestor(step_key), rest)",
+        "tests/models/reasoning/test_gibbs.py -k 'leaves_the_target and ess'",
+    ),
+    Mutation(
+        "ancestors of a kept path drawn by its next row alone",
+        "smcscale/engine/conditional.py",
+        "jax.lax.fori_loop(time, bound.num_steps, one_row, start)",
+        "jax.lax.fori_loop(time, jnp.minimum(time + 1, bound.num_steps), one_row, start)",
+        "tests/models/reasoning/test_gibbs.py -k 'leaves_the_target and ancestors'",
+    ),
+    Mutation(
+        "old scores for a kept text with another beginning",
+        "smcscale/engine/conditional.py",
+        "gain = jnp.where(density == -jnp.inf, -jnp.inf, weights + density)",
+        "gain = density",
+        "tests/models/reasoning/test_gibbs.py -k 'leaves_the_target and ancestors'",
+    ),
+    Mutation(
+        "chains swap by the wrong sign",
+        "models/reasoning/gibbs.py",
+        "ratio += sign * float",
+        "ratio -= sign * float",
+        "tests/models/reasoning/test_gibbs.py -k swap",
+    ),
 ]
 
 

@@ -20,6 +20,7 @@ from smcscale.models.reasoning import beds, countdown, mazes, methods
 from smcscale.models.reasoning.beds import STOP
 from smcscale.models.reasoning.decode import TextState, Written
 from smcscale.models.reasoning.known_model import KnownModel, MarkovLaw
+from smcscale.models.reasoning.misleading import RIGHT, SURE, WRONG, misleading
 from smcscale.models.reasoning.program import read_prompt
 from support.montecarlo import assert_mean
 from support.sequences import assert_sequences
@@ -37,6 +38,7 @@ def bed(name):
         "maze": lambda: mazes.mazes(0, 1)[0],
         "noisy maze": lambda: mazes.mazes(0, 1, noise=1.0)[0],
         "countdown": lambda: countdown.countdown(NUMBERS, TARGET),
+        "misled": lambda: misleading(overconfident=0.25, false_positives=0.25, depth=4, errors=2),
     }[name]()
 
 
@@ -71,7 +73,7 @@ def answered(bed, tokens, lengths, mass):
 # ---- the exact answers
 
 
-@pytest.mark.parametrize("name", ["markov", "net", "automaton", "maze", "noisy maze"])
+@pytest.mark.parametrize("name", ["markov", "net", "automaton", "maze", "noisy maze", "misled"])
 def test_evidence_and_posterior_are_those_of_all_texts(name):
     given = bed(name)
     tokens, lengths, probability, score = enumerated(given.lm, given.reward)
@@ -237,6 +239,31 @@ def test_steps_are_drawn_with_the_probability_they_say():
     np.testing.assert_allclose(logits[:3], rows, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("knob", "told"),
+    [
+        ({}, [WRONG, WRONG, WRONG, WRONG]),
+        ({"overconfident": 1.0}, [SURE, SURE, WRONG, WRONG]),
+        ({"false_positives": 1.0}, [RIGHT, RIGHT, RIGHT, SURE]),
+    ],
+)
+def test_a_judge_is_misled_as_its_knobs_say(knob, told):
+    given = misleading(depth=4, errors=2, **knob)
+    for text, expected in (((1, 0, 2, 0), told), ((0, 0, 0, 0), [RIGHT] * 4)):
+        start = given.lm.start().written
+        scores = [
+            given.reward.function(TextState(Written(
+                jnp.array(text), jnp.asarray(n), jnp.asarray(n - 1), jnp.asarray(n == 4), start.cache
+            )))
+            for n in range(1, 5)
+        ]  # fmt: skip
+        np.testing.assert_allclose(scores, expected, rtol=1e-6)
+    answers = given.answers(np.array([[0, 0, 0, 0], [1, 0, 2, 0], [0, 2, 1, 1]]), np.full(3, 4))
+    assert answers.tolist() == [0, 1, 4]
+    with pytest.raises(ValueError, match="shares of all errors"):
+        misleading(overconfident=0.7, false_positives=0.5)
+
+
 # ---- properly weighted methods
 
 SCHEMES = ("multinomial", "stratified", "residual", "ssp", "killing")
@@ -262,7 +289,7 @@ SLOW_MARKOV = {
     scheme: methods.particle_filter(trigger=always, resampling=getattr(resampling, scheme))
     for scheme in SCHEMES
 }
-OTHERS = ("net", "automaton", "noisy maze", "countdown")
+OTHERS = ("net", "automaton", "noisy maze", "countdown", "misled")
 SLOW_OTHERS = list(itertools.product((*OTHERS, "maze"), ("look-ahead", "entropic, entropy")))
 FAMILY = 2 * (len(MARKOV) + len(SLOW_MARKOV) + len(OTHERS) + len(SLOW_OTHERS) + 3)
 
@@ -315,7 +342,7 @@ def test_evidence_and_answers_of_markov_texts_are_exact(name):
 #: particles, and the smallest bias of the evidence to see with them
 SETTINGS = {
     "net": (8, 0.04), "automaton": (8, 0.03), "maze": (8, 0.1), "noisy maze": (8, 0.1),
-    "countdown": (32, 0.15),
+    "countdown": (32, 0.15), "misled": (8, 0.06),
 }  # fmt: skip
 
 
