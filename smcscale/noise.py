@@ -11,6 +11,10 @@ once and its equations are parted by what they depend on:
 Samplers that consume the key in a way that cannot be widened (rejection loops: Gamma, Poisson) get
 a key per particle; `jax.custom_batching.custom_vmap` samplers get the one key as it is, so that a
 network can decode all particles natively. This is the only module that reads jaxprs.
+
+Matrix factorizations and solves of the rest are run one after the other (`_one_by_one`): on CPU
+jaxlib hands each of them, of the size of a population, to one pool of threads and waits on a thread of that
+pool, so as many at a time as there are threads wait forever (seen with jaxlib 0.10.2, two threads).
 """
 
 from collections.abc import Callable
@@ -32,6 +36,11 @@ _CALLBACKS = {
     "infeed",
     "outfeed",
 }
+_LINALG = {
+    "cholesky", "cholesky_update", "eig", "eigh", "geqp3", "geqrf", "hessenberg",
+    "householder_product", "lu", "ormqr", "qr", "schur", "svd", "symmetric_product",
+    "triangular_solve", "tridiagonal", "tridiagonal_solve",
+}  # fmt: skip
 
 
 class Split(NamedTuple):
@@ -60,13 +69,16 @@ class Split(NamedTuple):
     constant_bytes: int
 
 
-def split_noise(step: Callable[..., list], key_dtype: Any, arguments: list) -> Split:
+def split_noise(
+    step: Callable[..., list], key_dtype: Any, arguments: list, num_shared: int = 0
+) -> Split:
     """Part `step(key, *arguments) -> list of arrays`, written for one particle, by the key.
 
     Args:
         step: flat function of one particle.
         key_dtype: dtype of the typed key it receives.
         arguments: abstract values (anything with `shape` and `dtype`) of one particle.
+        num_shared: how many of the last arguments are the same for all particles.
     Raises:
         NotImplementedError: when the step contains a host callback, by its name.
     """
@@ -114,6 +126,11 @@ def split_noise(step: Callable[..., list], key_dtype: Any, arguments: list) -> S
     noise_eqns = [e for e in jaxpr.eqns if any(v in candidates.get(id(e), ()) for v in e.outvars)]
     fixed = {v for e in jaxpr.eqns for v in e.outvars} - noise_vars - other_vars
     shortcuts = _logs_of_exponentials(rest_eqns, fixed.union(jaxpr.constvars))
+    own = {key_var, *argument_vars[: len(argument_vars) - num_shared]}
+    for eqn in jaxpr.eqns:
+        if any(v in own for v in eqn.invars if isinstance(v, core.Var)):
+            own.update(eqn.outvars)
+    solves = _one_by_one(rest_eqns, own)
     native_only = _native_keys(frontier, rest_eqns, jaxpr.outvars)
     batched_vars = _batched(noise_eqns, key_var)
     batched = tuple(
@@ -143,7 +160,11 @@ def split_noise(step: Callable[..., list], key_dtype: Any, arguments: list) -> S
                 factor, exponent = (_read(env, v) for v in shortcuts[id(eqn)])
                 _write(eqn, env, [jnp.log(factor) + exponent])
                 continue
-            _write(eqn, env, _bind(eqn, [_read(env, v) for v in eqn.invars]))
+            values = [_read(env, v) for v in eqn.invars]
+            if id(eqn) in solves:
+                place, before = solves[id(eqn)]
+                values[place] = _after(values[place], _read(env, before))
+            _write(eqn, env, _bind(eqn, values))
         return [_read(env, v) for v in jaxpr.outvars]
 
     first: dict = {}
@@ -206,6 +227,43 @@ def _logs_of_exponentials(eqns: list, constants: set) -> dict[int, tuple]:
             if power is not None and constant and getattr(factor.aval, "shape", None) == ():
                 found[id(eqn)] = (factor, power.invars[0])
     return found
+
+
+def _one_by_one(eqns: list, own: set) -> dict[int, tuple]:
+    """Factorizations and solves that must wait for the one before, by id: `(place, variable)`.
+
+    The input at `place` is made to depend on `variable`. Only inputs among `own`, which differ between
+    particles: one that they share would become as many as there are particles.
+    """
+
+    def inexact(v: Any) -> bool:
+        return jnp.issubdtype(v.aval.dtype, jnp.inexact) and v.aval.size > 0
+
+    found, before = {}, None
+    for eqn in eqns:
+        if not _solves(eqn):
+            continue
+        places = [
+            place
+            for place, v in enumerate(eqn.invars)
+            if isinstance(v, core.Var) and v in own and inexact(v)
+        ]
+        if not places:
+            continue
+        if before is not None:
+            found[id(eqn)] = (places[-1], before)
+        before = next((v for v in eqn.outvars if inexact(v)), before)
+    return found
+
+
+def _solves(eqn: Any) -> bool:
+    return eqn.primitive.name in _LINALG or any(map(_solves, _nested(eqn)))
+
+
+def _after(value: Any, before: Any) -> Any:
+    """`value`, once `before` is known: their sum with a zero that a compiler cannot see."""
+    zero = jnp.real(before.reshape(-1)[0]) * 0
+    return value + jnp.where(jnp.isfinite(zero), zero, 0).astype(value.dtype)
 
 
 def _native_keys(frontier: list, eqns: list, outvars: list) -> set:
@@ -305,8 +363,13 @@ def _refuse_callback(eqn: Any) -> None:
             "compiled particle filter cannot run.\n"
             "  try: remove it (jax.debug.print, jax.debug.callback, io_callback, pure_callback)."
         )
-    for inner in jax.tree.leaves(
+    for nested in _nested(eqn):
+        _refuse_callback(nested)
+
+
+def _nested(eqn: Any) -> list:
+    """Equations of the functions that an equation calls."""
+    inner = jax.tree.leaves(
         list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
-    ):
-        for nested in getattr(getattr(inner, "jaxpr", inner), "eqns", ()):
-            _refuse_callback(nested)
+    )
+    return [nested for i in inner for nested in getattr(getattr(i, "jaxpr", i), "eqns", ())]

@@ -297,11 +297,15 @@ def _lowered(found: GaussianMixture, x: Array, high: Level, low: Level) -> Gauss
 def _log_normal(away: Float[Array, "C d"], covs: Float[Array, "C d d"]) -> tuple[Array, Any]:
     """Log densities `(C,)` of normal laws at `away` from their means, and `B -> covs^-1 B`."""
     roots = jnp.linalg.cholesky(covs)
-    white = jax.scipy.linalg.solve_triangular(roots, away[..., None], lower=True)[..., 0]
+    # inverted once, not solved for every particle: two batched solves at a time, each of the size of a
+    # population, may wait for each other forever in jaxlib's pool of threads (seen with 0.10.2)
+    eye = jnp.broadcast_to(jnp.eye(covs.shape[-1], dtype=covs.dtype), covs.shape)
+    inverse = jax.scipy.linalg.solve_triangular(roots, eye, lower=True)
+    white = jnp.einsum("cij,cj->ci", inverse, away)
     logdet = jnp.sum(jnp.log(jnp.diagonal(roots, axis1=1, axis2=2)), axis=1)
     size = away.shape[1] * jnp.log(2 * jnp.pi)
 
     def solve(right: Array) -> Array:
-        return jax.scipy.linalg.cho_solve((roots, True), right)
+        return jnp.swapaxes(inverse, 1, 2) @ (inverse @ right)
 
     return -jnp.sum(white**2, axis=1) / 2 - logdet - size / 2, solve

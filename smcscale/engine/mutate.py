@@ -100,7 +100,7 @@ def draw_initial(model: FeynmanKac, row: Any, keys: Any, num_particles: int) -> 
         return [log_weight, *map(jnp.asarray, leaves)]
 
     row_leaves, row_structure = jax.tree.flatten(row if at_start else None)
-    split = split_noise(start, keys.dtype, row_leaves)
+    split = split_noise(start, keys.dtype, row_leaves, len(row_leaves))
     axes = tuple(0 if b else None for b in split.batched)
 
     def one_run(key: Any) -> list:
@@ -171,7 +171,7 @@ def mutation(
     if model.batched is not None:
         return _batched_mutation(model, leaves, structure, score, names)
 
-    split = split_noise(step, key_dtype, [*leaves, *row_leaves])
+    split = split_noise(step, key_dtype, [*leaves, *row_leaves], len(row_leaves))
     over_particles = tuple(0 if b else None for b in split.batched)
 
     def noise(keys: Any) -> tuple:

@@ -288,7 +288,9 @@ def test_methods_come_near_the_posterior_and_count_what_they_wrote(method, seeds
         place = np.arange(ROOM) < outcome.lengths[:, None]
         codes = np.where(place, (outcome.tokens + 1) * 4 ** np.arange(ROOM), 0).sum(1)
         shares.append([weights[codes == code(text)].sum() for text in texts()])
-    if seeds > 10:  # two sweeps are not yet equilibrium: as near as a filter of so many particles is
+    if (
+        seeds > 10
+    ):  # two sweeps are not yet equilibrium: as near as a filter of so many particles is
         error = np.std(shares, axis=0, ddof=1) / np.sqrt(seeds)
         assert (np.abs(np.mean(shares, axis=0) - law) < 5 * error + 0.02).all()
     populations = method.num_populations
