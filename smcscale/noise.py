@@ -160,11 +160,11 @@ def split_noise(
                 factor, exponent = (_read(env, v) for v in shortcuts[id(eqn)])
                 _write(eqn, env, [jnp.log(factor) + exponent])
                 continue
-            values = [_read(env, v) for v in eqn.invars]
+            inputs = [_read(env, v) for v in eqn.invars]
             if id(eqn) in solves:
                 place, before = solves[id(eqn)]
-                values[place] = _after(values[place], _read(env, before))
-            _write(eqn, env, _bind(eqn, values))
+                inputs[place] = _after(inputs[place], _read(env, before))
+            _write(eqn, env, _bind(eqn, inputs))
         return [_read(env, v) for v in jaxpr.outvars]
 
     first: dict = {}

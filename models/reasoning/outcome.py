@@ -81,5 +81,12 @@ def run_method(
         except ValueError:  # a selection kernel left no target
             evidence = None
         cost = dict(smc.cost)
-    read = (written.tokens, written.length, written.log_prob, scores, log_weights)
-    return Outcome(*(np.asarray(x) for x in read), evidence, cost)
+    return Outcome(
+        np.asarray(written.tokens),
+        np.asarray(written.length),
+        np.asarray(written.log_prob),
+        np.asarray(scores),
+        np.asarray(log_weights),
+        evidence,
+        cost,
+    )

@@ -77,7 +77,7 @@ class Potential(eqx.Module):
     temperature: ArrayLike = 1.0
 
     def __check_init__(self):
-        if not self.temperature > 0:
+        if not jnp.all(jnp.asarray(self.temperature) > 0):
             raise ValueError(
                 f"smcscale: temperature of a Potential must be positive, got {self.temperature}."
             )
