@@ -149,6 +149,7 @@ def test_every_rule_has_the_same_target(rule, share, numbers):
     assert_target(smc, tilted(0), 0.12)
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_intervals_and_tempering_change_no_target():
     scored = Interval(start=2, every=2)
@@ -331,6 +332,7 @@ def drawn(model, num_particles, num_runs, steering=None, label=None, seed=0, **k
     return smc
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.statistical
 def test_digits_of_a_class_are_read_as_that_class(model, judges):

@@ -207,6 +207,7 @@ def test_particles_keep_their_schedule():
     assert_target(mass, sum(LAWS) / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_filters_of_one_schedule_are_pooled_by_their_evidence():
     steering = TokenSteering(REWARDS, 1.1)

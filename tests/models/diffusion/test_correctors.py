@@ -199,7 +199,7 @@ def test_probes_average_to_the_divergence():
     ("name", "sampler"),
     [
         pytest.param("annealed", Corrected(), marks=pytest.mark.slow),
-        ("annealed", Corrected(divergence=probed_divergence)),
+        pytest.param("annealed", Corrected(divergence=probed_divergence), marks=pytest.mark.slow),
         pytest.param("product", Corrected(), marks=pytest.mark.slow),
         ("all", Corrected()),
     ],

@@ -176,6 +176,7 @@ def test_one_token_a_row_has_the_target(name):
     assert_target(mass, target_of(name))
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 @pytest.mark.parametrize(
     "kernels",

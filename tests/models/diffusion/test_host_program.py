@@ -89,6 +89,7 @@ def test_evidence_is_that_of_the_walk(steering):
     assert_mean(moved, mean + slope * variance, family=FAMILY, smallest_bias=0.1)
 
 
+@pytest.mark.slow
 def test_without_steering_the_data_have_the_law_of_the_walk():
     mean, variance = data_law()
     x = np.asarray(run(None, 4000).result.final["x"])

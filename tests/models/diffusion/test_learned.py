@@ -63,6 +63,7 @@ def log_evidences(value, guided, num_runs):
     return np.asarray(smc.log_evidence, np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_a_learned_guide_lowers_the_variance_and_leaves_the_evidence(learned):
     plain, guided = log_evidences(None, False, 60_000), log_evidences(learned, True, 8000)

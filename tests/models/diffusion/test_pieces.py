@@ -51,6 +51,7 @@ def test_pieces_change_no_number():
     assert cut.cost["denoiser_calls"] == whole.cost["denoiser_calls"] == 6 * 7 * 2
 
 
+@pytest.mark.slow
 def test_gradients_inside_a_piece():
     plain = Sloped(Denoiser(network, predictors.x0), STEERING)
     whole = run(plain, sampler=Twisted(STEERING))
@@ -81,6 +82,7 @@ def test_no_piece_is_larger_and_no_state_is_read_twice():
     assert len(counted.calls) == 7
 
 
+@pytest.mark.slow
 def test_a_corrected_walk_in_pieces():
     """Of products without divergence; with one the derivative through pieces is refused."""
     denoiser, schedule = Denoiser(network, predictors.x0), schedules.vp_linear(6)

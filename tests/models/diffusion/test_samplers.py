@@ -65,6 +65,7 @@ def test_with_its_variance_normal_data_are_exact(eta, steps):
     np.testing.assert_allclose((mean, variance), (0.4, VARIANCE), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [8, 128])
 def test_the_exact_kernel_is_exact(steps):
     schedule = schedules.vp_linear(steps, beta_max=60.0)

@@ -175,6 +175,7 @@ def test_the_loss_is_an_unbiased_draw():
 # ---- orders of writing
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_results_written_one_after_the_other_are_right_and_together_wrong():
     """At the card's share from left to right; three rows for the nine characters break it."""
@@ -195,7 +196,9 @@ def test_results_written_one_after_the_other_are_right_and_together_wrong():
     assert gap(one, several) > 4
 
 
-@pytest.mark.parametrize("rule", [left_to_right, in_random_order])
+@pytest.mark.parametrize(
+    "rule", [pytest.param(left_to_right, marks=pytest.mark.slow), in_random_order]
+)
 def test_infilling_keeps_what_is_given(rule):
     """Both sides of a gap, in `unmask` and in blocks."""
     start = encode("3+4*2-5+8-6=_,4,9__,1")

@@ -125,6 +125,7 @@ def test_evidence(function, sampler):
     assert_mean(found, truth, family=FAMILY, smallest_bias=0.02 * truth)
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_the_slope_lowers_the_variance():
     plain = evidences(OBSERVED, ancestral, num_runs=4000)
