@@ -33,6 +33,8 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from smcscale.models.reasoning.aggregates import last
@@ -77,7 +79,8 @@ class Potential(eqx.Module):
     temperature: ArrayLike = 1.0
 
     def __check_init__(self):
-        if not jnp.all(jnp.asarray(self.temperature) > 0):
+        traced = isinstance(self.temperature, Tracer)
+        if not (traced or float(np.asarray(self.temperature)) > 0):
             raise ValueError(
                 f"smcscale: temperature of a Potential must be positive, got {self.temperature}."
             )
