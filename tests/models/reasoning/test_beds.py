@@ -267,12 +267,9 @@ def test_a_judge_is_misled_as_its_knobs_say(knob, told):
 # ---- properly weighted methods
 
 SCHEMES = ("multinomial", "stratified", "residual", "ssp", "killing")
-MARKOV = {
-    "filter": methods.particle_filter(),
-    "entropic": methods.entropic_filter(5),
-    "steering": methods.steering(4, 2),
-}
+MARKOV = {"filter": methods.particle_filter(), "entropic": methods.entropic_filter(5)}
 SLOW_MARKOV = {
+    "steering": methods.steering(4, 2),
     "best of n": methods.best_of_n(),
     "look-ahead": methods.look_ahead(2),
     "entropic, entropy": methods.entropic_filter(5, FromEntropy()),

@@ -270,7 +270,7 @@ def test_chains_of_two_temperatures_keep_both_targets_when_they_swap(monkeypatch
     ("method", "seeds"),
     [
         pytest.param(methods.particle_gibbs(2), 20, id="gibbs", marks=pytest.mark.slow),
-        pytest.param(methods.parallel_tempering((1.0, 3.0), 2), 5, id="tempering"),
+        pytest.param(methods.parallel_tempering((1.0, 3.0), 2), 2, id="tempering"),
     ],
 )
 def test_methods_come_near_the_posterior_and_count_what_they_wrote(method, seeds):

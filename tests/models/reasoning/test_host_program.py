@@ -87,6 +87,7 @@ def test_texts_scores_and_costs_are_told():
     assert smc.cost["tokens"] >= sum(len(text.split()) for text in texts) > 0
 
 
+@pytest.mark.slow
 def test_a_judge_may_be_async():
     async def later(prompt, texts):
         return judge(prompt, texts)

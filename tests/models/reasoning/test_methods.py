@@ -39,7 +39,7 @@ def run(method, num_runs):
 
 
 #: the others differ from these in a schedule that the kernels' own tests look at
-QUICK = ("entropic", "look-ahead", "steering")
+QUICK = ("entropic", "steering")
 
 
 @pytest.mark.statistical

@@ -131,6 +131,7 @@ def test_eight_particles_that_resample_now_and_then_have_the_same_target(rule, o
     assert_target(weights, num_particles=8, bias=bias, trigger=trigger, potential=rule, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_marked_steps_in_the_loop():
     """A mark in place of each step's end, kept in the reward model's cache through resampling."""

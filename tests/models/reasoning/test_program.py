@@ -38,7 +38,7 @@ def weight(scores, tokens, potential, rule):
 
 
 CASES = [  # potential, finished, trigger (None: the default), smallest bias to see
-    (program.difference, "absorb", None, 0.03),
+    pytest.param(program.difference, "absorb", None, 0.03, marks=pytest.mark.slow),
     (program.difference, "absorb", always, 0.03),
     pytest.param(program.product, "absorb", always, 0.03, marks=pytest.mark.slow),
     pytest.param(program.odds, "absorb", None, 0.03, marks=pytest.mark.slow),

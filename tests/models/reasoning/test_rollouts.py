@@ -9,6 +9,7 @@ from smcscale.models.reasoning import rollouts
 from smcscale.models.reasoning.solve import shipped_language_model
 
 
+@pytest.mark.slow
 def test_labels_are_shares_of_the_roll_outs_from_each_line_end():
     lm = shipped_language_model()
     found, seen = rollouts.label(

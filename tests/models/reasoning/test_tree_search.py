@@ -401,6 +401,7 @@ def tiny_scores():
     }
 
 
+@pytest.mark.slow
 def test_texts_of_a_search_have_the_scores_of_a_full_pass():
     problem = writing(LM, PRM, tiny.PROMPT, batch=4)._replace(text=None)
     found = a_star(jax.random.key(0), problem, budget=Budget(tokens=200), num_solutions=6, width=4)
@@ -438,6 +439,7 @@ def test_answers_and_their_repairs_have_the_scores_of_a_full_pass():
     assert found.cost["tokens"] == found.cost["prm_tokens"]
 
 
+@pytest.mark.slow
 def test_a_repair_costs_what_it_writes():
     (problem,) = answering(LM, PRM, tiny.PROMPT, max_steps=4, batch=4)
     found = ab_mcts(jax.random.key(1), problem._replace(text=None), budget=Budget(expansions=30))
@@ -508,7 +510,9 @@ def models():
     return shipped_language_model(), shipped_reward_model()
 
 
-@pytest.mark.parametrize("story", STORIES, ids=["first", "second"])
+@pytest.mark.parametrize(
+    "story", [STORIES[0], pytest.param(STORIES[1], marks=pytest.mark.slow)], ids=["first", "second"]
+)
 def test_a_star_solves_and_accounts_for_every_token(models, story):
     lm, prm = models
     problem = writing(lm, prm, story.question + "\n", batch=4)
@@ -534,7 +538,9 @@ def test_a_star_solves_and_accounts_for_every_token(models, story):
         assert (np.asarray(written.length - written.begin)[n:] == 0).all()
 
 
-@pytest.mark.parametrize("story", STORIES, ids=["first", "second"])
+@pytest.mark.parametrize(
+    "story", [STORIES[0], pytest.param(STORIES[1], marks=pytest.mark.slow)], ids=["first", "second"]
+)
 def test_ab_mcts_answers_and_accounts_for_every_token(models, story):
     lm, prm = models
     (problem,) = answering(lm, prm, story.question + "\n", batch=4)
@@ -555,6 +561,7 @@ def test_ab_mcts_answers_and_accounts_for_every_token(models, story):
     )
 
 
+@pytest.mark.slow
 def test_refining_by_prompt_writes_to_that_prompt(models):
     """A refinement that asks another question gets the other question's answers."""
     lm, prm = models
