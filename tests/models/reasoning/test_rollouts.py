@@ -4,6 +4,7 @@ import random
 
 import jax
 import numpy as np
+import pytest
 
 from smcscale.models.reasoning import rollouts
 from smcscale.models.reasoning.solve import shipped_language_model
