@@ -6,7 +6,7 @@
 errors for more than half of the text (over-confident early scores); a judge who lets a share of wrong texts
 pass with a score above that of right ones (false positives). 40 problems each, 50 runs a problem. A method
 hands in one answer; accuracy is the share of right ones, reward the judge's score of what was handed in. All
-methods of one N write as many steps. Intervals are over problems. Writes `benchmarks/results/misled.json` and
+methods of one N write as many steps. The properly weighted filters target the score to its 4th power. Intervals are over problems. Writes `benchmarks/results/misled.json` and
 `misled.png`.
 """
 
@@ -23,9 +23,10 @@ from provenance import made_with
 
 from smcscale import SMC
 from smcscale.models.reasoning import methods, report
-from smcscale.models.reasoning.beds import EXACT
+from smcscale.models.reasoning.beds import unclipped
 from smcscale.models.reasoning.methods import Method
 from smcscale.models.reasoning.misleading import misleading
+from smcscale.models.reasoning.potentials import Potential, difference
 from smcscale.models.reasoning.program import read_prompt
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -36,6 +37,7 @@ JUDGES = {
 }
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 DEPTH = 8
+SHARP = Potential(difference, unclipped, temperature=0.25)
 #: name: method, whether the best score is handed in (else the vote by weight)
 METHODS: dict[str, tuple[Any, bool]] = {
     "best of N": (lambda n: methods.best_of_n(), True),
@@ -55,7 +57,7 @@ def handed_in(method: Method, best: bool, bed: Any, size: int, runs: int, seed: 
         method.filter, num_particles=size, num_runs=runs, num_islands=method.num_islands,
         progress_bar=False,
     )  # fmt: skip
-    options = {"potential": EXACT} | method.options
+    options = {"potential": SHARP} | method.options
     prompt = read_prompt(bed.lm, bed.reward, ())
     smc.run(jax.random.key(seed), bed.lm, bed.reward, prompt, max_steps=bed.max_steps, **options)
     samples, _ = smc.get_samples(weighted=True)
