@@ -1,14 +1,15 @@
 """What does a real small model gain from particles, with a checker of equations as reward?
 
     python -m smcscale get smollm2
-    python benchmarks/smollm2.py [--problems 200] [--particles 16] [--rows FILE] [--report]
+    python benchmarks/smollm2.py [--problems 200] [--texts 16] [--rows FILE] [--report]
 
 SmolLM2-135M-Instruct, three worked examples in its chat template, fresh two- and three-step word problems of
-numbers 2 to 10. A line is a step; `EquationJudge` scores it, in plain Python (`host_reason`), knowing neither
-plan nor answer. Each problem gets three runs at equal numbers of texts: no resampling (read as one sample, best
-score, majority and weighted vote), the particle filter resampling at every line, and below half of the ESS.
-Rows go to a file (`bench.py`), so that a run that was stopped goes on. Intervals are bootstraps over problems,
-differences paired. Writes `benchmarks/results/smollm2.json`.
+numbers 2 to 10. A line is a step; `EquationJudge` scores it, in plain Python, knowing neither plan nor answer.
+Every method of `RUNS` writes so many texts a problem: independent ones (read as one sample, best score,
+majority and weighted vote), filters that differ in when they resample, in the power of the score (`sharp`:
+its square), in seeing a step before choosing (`look-ahead`), or that keep a text and write again (particle
+Gibbs, four sweeps). Rows go to a file (`bench.py`), so that a run that was stopped goes on. Intervals are
+bootstraps over problems, differences paired. Writes `benchmarks/results/smollm2.json`.
 """
 
 import argparse
@@ -24,18 +25,32 @@ import numpy as np
 from provenance import made_with
 
 from smcscale import SMC, ParticleFilter
-from smcscale.kernels import triggers
+from smcscale.engine.conditional_host import sweep
+from smcscale.kernels import resampling, triggers
+from smcscale.kernels.resampling import FanOut
 from smcscale.models.reasoning import answers, bench, report
 from smcscale.models.reasoning.equations import EquationJudge
-from smcscale.models.reasoning.host_program import host_reason, texts_of
+from smcscale.models.reasoning.host_program import host_reason
 from smcscale.models.reasoning.language_model import LanguageModel
+from smcscale.models.reasoning.potentials import Potential, difference
 from smcscale.models.reasoning.problem_files import Problem
 from smcscale.models.reasoning.smollm2 import get_smollm2
 
 RESULT = Path(__file__).resolve().parent / "results" / "smollm2.json"
 PROBLEM_SEED = 11
 MAX_STEPS, STEP_TOKENS, MAX_TOKENS = 6, 24, 72
-RUNS = {"independent": triggers.never, "always": triggers.always, "ESS": triggers.ess_below(0.5)}
+SWEEPS = 4
+#: kernels of the filter, the potential, sweeps that share the texts
+RUNS: dict[str, tuple[dict[str, Any], Any, int]] = {
+    "independent": ({"trigger": triggers.never}, difference, 1),
+    "filter, always": ({"trigger": triggers.always}, difference, 1),
+    "filter, ESS below half": ({}, difference, 1),
+    "filter, sharp": ({"trigger": triggers.always}, Potential(difference, temperature=0.5), 1),
+    "look-ahead": (
+        {"resampling": FanOut(resampling.systematic, 4), "trigger": triggers.always}, difference, 1,
+    ),
+    "particle Gibbs": ({}, difference, SWEEPS),
+}  # fmt: skip
 NAMES = ("Ana", "Tom", "Mia", "Leo", "Eva", "Ben", "Ida", "Max")
 THINGS = ("pens", "apples", "books", "cards", "shells", "coins", "cups", "balls")
 EXAMPLES = (
@@ -92,33 +107,49 @@ def prompt(lm: LanguageModel, question: str) -> list[int]:
     return lm.chat(messages)
 
 
-def cell(lm: LanguageModel, problem: Problem, method: str, particles: int, seed: int) -> report.Row:
+def cell(lm: LanguageModel, problem: Problem, method: str, texts: int, seed: int) -> report.Row:
     """All runs of a problem, on one key, which pairs them."""
     key = jax.random.fold_in(jax.random.key(seed), int(problem.id))
-    runs = {name: run(lm, problem, trigger, particles, key) for name, trigger in RUNS.items()}
+    runs = {name: run(lm, problem, *how, texts, key) for name, how in RUNS.items()}
     return {"answer": problem.answer} | runs
 
 
-def run(lm: LanguageModel, problem: Problem, trigger: Any, particles: int, key: Any) -> dict:
+def run(
+    lm: LanguageModel, problem: Problem, kernels: dict, potential: Any, sweeps: int, texts: int, key: Any
+) -> dict:  # fmt: skip
     """What one run left: answers, log-weights, scores, tokens."""
     judge = EquationJudge(problem.question)
-    program = host_reason(lm, judge, prompt(lm, problem.question), max_steps=MAX_STEPS)
-    smc = SMC(
-        ParticleFilter(program, trigger=trigger, store="last"),
-        num_particles=particles, progress_bar=False,
-    )  # fmt: skip
-    smc.run(key, num_steps=MAX_STEPS)
-    texts = texts_of(smc, lm)
+    asked = prompt(lm, problem.question)
+    program = host_reason(lm, judge, asked, max_steps=MAX_STEPS, potential=potential)
+    pf = ParticleFilter(program, store="last", **kernels)
+    if sweeps == 1:
+        smc = SMC(pf, num_particles=texts, progress_bar=False)
+        smc.run(key)
+        parts = [(smc.get_samples(weighted=True)[0]["step"], smc.result.log_weights[0])]
+        evidence, tokens = float(smc.log_evidence[0]), int(smc.cost["tokens"])
+    else:  # the first sweep, which nothing was kept for, is not read
+        made = [sweep(pf, jax.random.fold_in(key, 0), num_particles=texts // sweeps)]
+        for count in range(1, sweeps):
+            made.append(sweep(
+                pf, jax.random.fold_in(key, count), num_particles=texts // sweeps, kept=made[-1].path
+            ))  # fmt: skip
+        parts = [(one.states.step, one.log_weights) for one in made[1:]]
+        evidence, tokens = made[0].log_evidence, int(sum(one.cost["tokens"] for one in made))
+    written, weights = [], []
+    for step, log_weights in parts:
+        rows = zip(np.asarray(step.written.tokens), np.asarray(step.written.length), strict=True)
+        written += [lm.decode(row[:length]) for row, length in rows]
+        weights.append(np.asarray(log_weights) - np.logaddexp.reduce(log_weights))
     # of the last line that names one
-    lines = [list(filter(None, map(judge.answer.search, text.split("\n")))) for text in texts]
+    lines = [list(filter(None, map(judge.answer.search, text.split("\n")))) for text in written]
     found = [named[-1] if named else None for named in lines]
     return {
         "answers": [match[1].removesuffix(".0") if match else None for match in found],
-        "log_weights": [round(float(w), 4) for w in smc.result.log_weights[0]],
-        "scores": [round(judge.score(text), 5) for text in texts],
-        "log_evidence": round(float(smc.log_evidence[0]), 4),
-        "tokens": int(smc.cost["tokens"]),
-        "text": texts[0],
+        "log_weights": [round(float(w), 4) for w in np.concatenate(weights)],
+        "scores": [round(judge.score(text), 5) for text in written],
+        "log_evidence": round(evidence, 4),
+        "tokens": tokens,
+        "text": written[0],
     }
 
 
@@ -126,7 +157,7 @@ def chosen(name: str, run: dict) -> dict[str, str | None]:
     """The answer of every method that a run serves."""
     texts, weights, scores = run["answers"], np.array(run["log_weights"]), np.array(run["scores"])
     if name != "independent":
-        return {f"particle filter, {name}": answers.weighted_majority(texts, weights)}
+        return {name: answers.weighted_majority(texts, weights)}
     return {
         "one sample": texts[0],
         "best score": answers.argmax(texts, weights, scores),
@@ -177,13 +208,13 @@ def main() -> None:
     """Run what is missing, write the result file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--problems", type=int, default=200)
-    parser.add_argument("--particles", type=int, default=16)
+    parser.add_argument("--texts", type=int, default=16, help="a multiple of 4")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--rows", type=Path, default=Path("smollm2_rows.jsonl"))
     parser.add_argument("--report", action="store_true", help="of the rows that are there")
     options = parser.parse_args()
     told = {
-        "problem seed": PROBLEM_SEED, "texts": options.particles,
+        "problem seed": PROBLEM_SEED, "texts": options.texts,
         "temperature": options.temperature, "max steps": MAX_STEPS,
         "step tokens": STEP_TOKENS, "max tokens": MAX_TOKENS,
     }  # fmt: skip
@@ -199,7 +230,7 @@ def main() -> None:
         problems = [problem(rng, number) for number in range(options.problems)]
         rows = bench.run(
             problems, partial(cell, lm), options.rows, methods=["smollm2"],
-            budgets=[options.particles], configuration=told,
+            budgets=[options.texts], configuration=told,
         )  # fmt: skip
     result = summary(rows) | {"configuration": told}
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

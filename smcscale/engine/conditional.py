@@ -62,6 +62,15 @@ def check(pf: Any) -> None:
             "smcscale: a path of a FeynmanKac model cannot be followed.\n"
             "  try: a NumPyro program, whose sites say what is random."
         )
+    check_kernels(pf)
+
+
+def check_kernels(pf: Any) -> None:
+    """Refuse kernels that no conditional sweep can use.
+
+    Raises:
+        ValueError: as `check`.
+    """
     for name in ("guide", "proposal", "lookahead", "annealing", "tilt"):
         if getattr(pf, name) is not None:
             raise ValueError(

@@ -62,13 +62,13 @@ def step(
     """
     resampled, previous, particle_keys, row = _before(fixed, population)
     returned = weighted(wait_for(model.transition(particle_keys, previous, row)))
-    states = _checked(returned.state, previous)
+    states = checked(returned.state, previous)
     potential = wait_for(model.log_potential(previous, states, row))
-    log_weights = _scores("log_potential", potential, particle_keys.shape) + _scores(
+    log_weights = scores("log_potential", potential, particle_keys.shape) + scores(
         "log_increment", returned.log_increment, particle_keys.shape
     )
     costs = {} if model.cost is None else model.cost(previous, states, row)
-    costs = {n: _scores(f"cost['{n}']", c, particle_keys.shape) for n, c in costs.items()}
+    costs = {n: scores(f"cost['{n}']", c, particle_keys.shape) for n, c in costs.items()}
     return _after(fixed, population, resampled, states, log_weights, costs)
 
 
@@ -113,7 +113,7 @@ def _after(
     return population, *told, population.status
 
 
-def _checked(state: Any, previous: Any) -> Any:
+def checked(state: Any, previous: Any) -> Any:
     """New states, in the types of the old ones."""
     if jax.tree.structure(state) != jax.tree.structure(previous):
         raise TypeError(
@@ -133,15 +133,15 @@ def _checked(state: Any, previous: Any) -> Any:
     return jax.tree.map(one, state, previous)
 
 
-def _scores(name: str, values: Any, shape: tuple) -> Array:
+def scores(name: str, values: Any, shape: tuple) -> Array:
     """Numbers of a batch as float32, one for each particle."""
-    scores = np.asarray(values, np.float32)
-    if scores.shape not in ((), shape):
+    found = np.asarray(values, np.float32)
+    if found.shape not in ((), shape):
         raise TypeError(
-            f"smcscale: `{name}` of a host model has shape {scores.shape}; there are {shape[0]} "
+            f"smcscale: `{name}` of a host model has shape {found.shape}; there are {shape[0]} "
             "particles.\n  try: one number for each, in their order."
         )
-    return jnp.broadcast_to(scores, shape)
+    return jnp.broadcast_to(found, shape)
 
 
 def wait_for(value: Any) -> Any:

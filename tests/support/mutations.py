@@ -346,6 +346,20 @@ MUTATIONS = [
         "ratio -= sign * float",
         "tests/models/reasoning/test_gibbs.py -k swap",
     ),
+    Mutation(
+        "a kept path of a host model without its increments",
+        "smcscale/engine/conditional_host.py",
+        "np.concatenate([[kept.increments[time]], increments])",
+        "np.concatenate([[0.0], increments])",
+        "tests/engine/test_conditional_host.py -k weights_are",
+    ),
+    Mutation(
+        "a kept path of a host model that may be resampled away",
+        "smcscale/engine/conditional_host.py",
+        "        if draw is None:\n",
+        "        if True:\n",
+        "tests/engine/test_conditional_host.py -k 'leaves_the_target and multinomial'",
+    ),
 ]
 
 
