@@ -3,9 +3,9 @@
     python -m smcscale get smollm2
     python benchmarks/smollm2.py [--problems 200] [--texts 16] [--rows FILE] [--report]
 
-SmolLM2-135M-Instruct, three worked examples in its chat template, fresh two- and three-step word problems of
-numbers 2 to 10. A line is a step; `EquationJudge` scores it, in plain Python, knowing neither plan nor answer.
-Every method of `RUNS` writes so many texts a problem: independent ones (read as one sample, best score,
+SmolLM2-135M-Instruct (4-bit weights), five worked examples in its chat template, fresh two- and three-step
+word problems of numbers 2 to 10. A line is a step; `EquationJudge` scores it, in plain Python, knowing neither
+plan nor answer. Every method of `RUNS` writes so many texts a problem: independent ones (read as one sample, best score,
 majority and weighted vote), filters that differ in when they resample, in the power of the score (`sharp`:
 its square), in seeing a step before choosing (`look-ahead`), or that keep a text and write again (particle
 Gibbs, four sweeps). Rows go to a file (`bench.py`), so that a run that was stopped goes on. Intervals are
@@ -53,54 +53,47 @@ RUNS: dict[str, tuple[dict[str, Any], Any, int]] = {
 }  # fmt: skip
 NAMES = ("Ana", "Tom", "Mia", "Leo", "Eva", "Ben", "Ida", "Max")
 THINGS = ("pens", "apples", "books", "cards", "shells", "coins", "cups", "balls")
-EXAMPLES = (
-    (
-        "Kim has 3 bags with 4 sweets in each. She eats 5 sweets. How many sweets are left?",
-        "3 * 4 = 12\n12 - 5 = 7\nAnswer: 7",
-    ),
-    (
-        "Sam has 9 stamps. He finds 6 more and gives 2 to a friend. How many stamps has he now?",
-        "9 + 6 = 15\n15 - 2 = 13\nAnswer: 13",
-    ),
-    (
-        (
-            "Joe has 8 nuts and Pam has 4 nuts. They put them together and share them among 3 friends. "
-            "One friend then loses 2 nuts. How many nuts has that friend now?"
-        ),
-        "8 + 4 = 12\n12 / 3 = 4\n4 - 2 = 2\nAnswer: 2",
-    ),
-)
+PRONOUNS = {"Ana": "She", "Mia": "She", "Eva": "She", "Ida": "She"}
+EXAMPLE_SEED, NUM_EXAMPLES = 100, 5
 
 
-def problem(rng: random.Random, number: int) -> Problem:
-    """A question of two or three steps, and its answer."""
+def story(rng: random.Random) -> tuple[str, str, int]:
+    """A question of two or three steps, its solution, and its answer."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    first, second = rng.randint(2, 10), rng.randint(2, 10)
+    pronoun, first, second = PRONOUNS.get(name, "He"), rng.randint(2, 10), rng.randint(2, 10)
     if rng.random() < 0.5:
         value = first * second
-        text = f"{name} has {first} boxes with {second} {thing} in each."
+        text = f"{name} has {first} boxes with {second} {thing} in each box."
+        lines = [f"{first} * {second} = {value}"]
     else:
         value = first + second
-        text = f"{name} has {first} {thing} and gets {second} more."
+        text = f"{name} has {first} {thing}. {pronoun} buys {second} more {thing}."
+        lines = [f"{first} + {second} = {value}"]
     for _ in range(rng.choice((1, 2))):
         more = rng.randint(2, 10)
         if more < value and rng.random() < 0.5:
+            lines.append(f"{value} - {more} = {value - more}")
+            text += f" {pronoun} gives {more} {thing} to a friend."
             value -= more
-            text += f" {name} gives away {more} {thing}."
-        elif value <= 30 and rng.random() < 0.3:
-            value *= more
-            text += f" Then {name} has {more} times as many {thing}."
         else:
+            lines.append(f"{value} + {more} = {value + more}")
+            text += f" {pronoun} finds {more} more {thing}."
             value += more
-            text += f" {name} finds {more} {thing}."
     question = f"{text} How many {thing} does {name} have now?"
+    return question, "\n".join([*lines, f"Answer: {value}"]), value
+
+
+def problem(rng: random.Random, number: int) -> Problem:
+    """A fresh question."""
+    question, _, value = story(rng)
     return Problem(str(number), question, str(value))
 
 
 def prompt(lm: LanguageModel, question: str) -> list[int]:
     """Worked examples and the question, in the model's chat template."""
+    examples = [story(random.Random(EXAMPLE_SEED + number))[:2] for number in range(NUM_EXAMPLES)]
     messages = []
-    for asked, solved in (*EXAMPLES, (question, "")):
+    for asked, solved in (*examples, (question, "")):
         messages.append({"role": "user", "content": asked})
         if solved:
             messages.append({"role": "assistant", "content": solved})
@@ -110,16 +103,17 @@ def prompt(lm: LanguageModel, question: str) -> list[int]:
 def cell(lm: LanguageModel, problem: Problem, method: str, texts: int, seed: int) -> report.Row:
     """All runs of a problem, on one key, which pairs them."""
     key = jax.random.fold_in(jax.random.key(seed), int(problem.id))
-    runs = {name: run(lm, problem, *how, texts, key) for name, how in RUNS.items()}
+    asked = lm.read(prompt(lm, problem.question))
+    runs = {name: run(lm, problem, asked, *how, texts, key) for name, how in RUNS.items()}
     return {"answer": problem.answer} | runs
 
 
 def run(
-    lm: LanguageModel, problem: Problem, kernels: dict, potential: Any, sweeps: int, texts: int, key: Any
+    lm: LanguageModel, problem: Problem, asked: Any, kernels: dict, potential: Any, sweeps: int,
+    texts: int, key: Any,
 ) -> dict:  # fmt: skip
     """What one run left: answers, log-weights, scores, tokens."""
     judge = EquationJudge(problem.question)
-    asked = prompt(lm, problem.question)
     program = host_reason(lm, judge, asked, max_steps=MAX_STEPS, potential=potential)
     pf = ParticleFilter(program, store="last", **kernels)
     if sweeps == 1:
@@ -209,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--texts", type=int, default=16, help="a multiple of 4")
-    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--rows", type=Path, default=Path("smollm2_rows.jsonl"))
     parser.add_argument("--report", action="store_true", help="of the rows that are there")
     options = parser.parse_args()

@@ -13,10 +13,11 @@ the solution. Its score is 0.99 times a factor for every fault:
 | a number of the question or a result that is used more often than it is there | 0.5 |
 | a line without an equation, before the answer | 0.7 |
 | an answer that is no result of the text | 0.05 |
+| an answer before a number of the question, in digits, was used | 0.5 each |
 
 A left side is any chain of numbers and `+ - * / x`, multiplied before added, without brackets. A wrong plan
-with right sums passes; a right solution in another form (brackets, the result first, number words above
-twelve) loses a little.
+with right sums over all numbers passes; a right solution in another form (brackets, the result first,
+number words above twelve), or of a question with numbers that are not needed, loses a little.
 """
 
 import re
@@ -74,6 +75,7 @@ class EquationJudge(eqx.Module):
     def score(self, text: str) -> float:
         """Of one text: 0.99, and a factor for every fault."""
         known = Counter(numbers(self.question))
+        unused = Counter(digits(self.question))
         results: set[float] = set()
         factor = 0.99
         for line in filter(None, (plain(line) for line in text.split("\n"))):
@@ -81,11 +83,13 @@ class EquationJudge(eqx.Module):
             found = _EQUATION.findall(line)
             if said is not None and not found:
                 factor *= 1.0 if float(said[1]) in results else 0.05
+                factor *= 0.5 ** unused.total()
                 continue
             factor *= 1.0 if found else 0.7
             for left, told in found:
                 operands, value = [float(n) for n in re.findall(_DIGITS, left)], float(told)
                 factor *= 1.0 if abs(reckoned(left) - value) < 1e-6 else 0.05
+                unused -= Counter(operands)
                 for operand in operands:
                     if operand not in known:
                         factor *= 0.2
@@ -105,9 +109,14 @@ def plain(text: str) -> str:
 
 def numbers(text: str) -> Iterable[float]:
     """Numbers of a text, in digits and in words."""
-    text = plain(text)
-    yield from (float(found) for found in re.findall(rf"(?<![\w.]){_DIGITS}", text))
-    yield from (_WORDS[word] for word in re.findall(r"[a-z]+", text.lower()) if word in _WORDS)
+    yield from digits(text)
+    words = re.findall(r"[a-z]+", text.lower())
+    yield from (_WORDS[word] for word in words if word in _WORDS)
+
+
+def digits(text: str) -> Iterable[float]:
+    """Numbers of a text, in digits only."""
+    return (float(found) for found in re.findall(rf"(?<![\w.]){_DIGITS}", plain(text)))
 
 
 def reckoned(left: str) -> float:

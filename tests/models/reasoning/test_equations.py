@@ -22,7 +22,12 @@ QUESTION = (
         ("4 * 3 = 12\n4 + 5 = 9\n", 0.5),
         ("Let us think.\n4 * 3 = 12\n", 0.7),
         ("4 * 3 = 12\n12 - 5 = 7\nAnswer: 12\n", 1.0),  # a wrong plan is not seen
-        ("4 * 3 = 12\nAnswer: 8\n", 0.05),
+        ("4 * 3 = 12\nAnswer: 8\n", 0.05 * 0.5),  # nobody asked where the 5 pens went
+        ("4 * 3 = 12\nAnswer: 12\n", 0.5),
+        (
+            "5 * 5 = 25\nAnswer: 25\n",
+            0.5 * 0.5**2,
+        ),  # the second 5 comes from nowhere, 4 and 3 go nowhere
         ("3 / 0 = 3\n", 0.05 * 0.2),
         ("4 * 3 - 5 = 7\n", 1.0),
         ("4 + 3 + 5 = 12\nAnswer: 12", 1.0),
