@@ -38,7 +38,7 @@ from smcscale.models.reasoning.smollm2 import get_smollm2
 
 RESULT = Path(__file__).resolve().parent / "results" / "smollm2.json"
 PROBLEM_SEED = 11
-MAX_STEPS, STEP_TOKENS, MAX_TOKENS = 6, 24, 72
+MAX_STEPS, STEP_TOKENS, MAX_TOKENS = 5, 16, 64
 SWEEPS = 4
 #: kernels of the filter, the potential, sweeps that share the texts
 RUNS: dict[str, tuple[dict[str, Any], Any, int]] = {
