@@ -6,8 +6,8 @@
 errors for more than half of the text (over-confident early scores); a judge who lets a share of wrong texts
 pass with a score above that of right ones (false positives). 40 problems each, 50 runs a problem. A method
 hands in one answer; accuracy is the share of right ones, reward the judge's score of what was handed in. All
-methods of one N write as many steps. The properly weighted filters target the score to its 4th power. Intervals are over problems. Writes `benchmarks/results/misled.json` and
-`misled.png`.
+methods of one N write as many steps. The properly weighted filters target the score to its 4th power. Intervals
+are over problems. Writes `benchmarks/results/misled.json` and `misled.png`.
 """
 
 import argparse
@@ -126,10 +126,11 @@ def draw(found: dict) -> None:
             axes[1, column].plot(SIZES, reward, line, color=drawn.get_color())
         axes[0, column].set_title(f"judge: {judge}")
         axes[1, column].set_xscale("log", base=2)
+        axes[1, column].set_xticks(SIZES, SIZES)
         axes[1, column].set_xlabel("particles")
     axes[0, 0].set_ylabel("share right")
     axes[1, 0].set_ylabel("judge's score")
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.set_layout_engine("constrained")
     figure.savefig(RESULTS / "misled.png", dpi=110)
 

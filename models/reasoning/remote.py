@@ -14,7 +14,7 @@ any other the step is cut out of what it writes, which costs the tokens after th
 |---|---|---|---|
 | vLLM, SGLang | yes | yes | the model's generation_config (`top_k`, `top_p`, `repetition_penalty`) |
 | llama.cpp | no | no | `{"top_k": 0, "top_p": 1, "min_p": 0, "repeat_penalty": 1}` |
-| transformers serve | no | no | the model's generation_config |
+| transformers serve | no | no | the model's generation_config, which must say `"do_sample": true` |
 """
 
 import asyncio
@@ -141,11 +141,11 @@ def connect(
     Args:
         base_url: up to and with `/v1`, or a `Server`.
         model: the name that requests carry.
-        prompt: text of the two trial requests.
+        prompt: text of the trial requests.
         delimiter, step_tokens, temperature, options: see `RemoteLanguageModel`.
         **server_options: further arguments of `Server`, such as `timeout` and `journal`.
     Raises:
-        RemoteError: nobody answers; or the server counts no tokens.
+        RemoteError: nobody answers; the server counts no tokens, or does not sample.
     """
     if isinstance(base_url, Server):
         server = base_url
@@ -155,23 +155,35 @@ def connect(
         server = Server(base_url, model, **server_options)
     body = {"prompt": prompt, "max_tokens": 4, "temperature": temperature, **(options or {})}
 
-    def asked(**fields: Any) -> dict[str, Any]:
-        return wait_for(server.ask("completions", {**body, **fields}, _with_choices))
+    def asked(retries: int | None = None, **fields: Any) -> dict[str, Any]:
+        request = server.ask("completions", {**body, **fields}, _with_choices, max_retries=retries)
+        return wait_for(request)
 
-    answer = asked(stop=[delimiter])
+    answer = asked()
     if not isinstance((answer.get("usage") or {}).get("completion_tokens"), int):
         raise RemoteError(
             "smcscale: the server does not count tokens (`usage` is missing), so that no budget "
             "can be kept.\n  try: a server that returns `usage`."
         )
-    choice = answer["choices"][0]
+    # at temperature 2 four seeds that agree are no chance: such a run would have one particle
+    if len({asked(temperature=2.0, seed=seed)["choices"][0]["text"] for seed in range(4)}) == 1:
+        raise RemoteError(
+            "smcscale: the server writes the same text for every seed; it decodes greedily, and all "
+            "particles would be one.\n  try: `do_sample` in the generation_config of its model "
+            "(transformers serve), or `options`."
+        )
     try:
-        number = len(asked(n=2)["choices"])
-    except RemoteError:  # refused
-        number = 1
+        choice = asked(2, stop=[delimiter])["choices"][0]
+        names_stop = "stop_reason" in choice or "matched_stop" in choice
+    except RemoteError:  # refused, or too much for the server: steps are cut here
+        names_stop = False
+    try:
+        several = len(asked(2, n=2)["choices"]) == 2
+    except RemoteError:
+        several = False
     return RemoteLanguageModel(
         server,
-        Abilities(number == 2, "stop_reason" in choice or "matched_stop" in choice),
+        Abilities(several, names_stop),
         delimiter,
         step_tokens,
         temperature,

@@ -128,7 +128,14 @@ class Server:
         wait_for(self._client.close())
         self._client = self._connected()
 
-    async def ask(self, path: str, body: dict[str, Any], check: Callable[[Any], Any]) -> Any:
+    async def ask(
+        self,
+        path: str,
+        body: dict[str, Any],
+        check: Callable[[Any], Any],
+        *,
+        max_retries: int | None = None,
+    ) -> Any:
         """The answer to one request, as `check` returns it.
 
         Args:
@@ -136,6 +143,7 @@ class Server:
             body: JSON; the model's name is added.
             check: `(decoded answer) -> what is kept of it`; raises ValueError, KeyError or TypeError
                 for an answer that cannot be used.
+            max_retries: of this request; the server's when None.
         Raises:
             RemoteError: see the module docstring.
         """
@@ -150,7 +158,8 @@ class Server:
         if self._gate is None:
             self._gate = asyncio.Semaphore(self.max_concurrency)
         pause, reason = _PAUSE, ""
-        for attempt in range(self.max_retries + 1):
+        retries = self.max_retries if max_retries is None else max_retries
+        for attempt in range(retries + 1):
             wait: float | None = None
             try:
                 async with self._gate:
@@ -174,7 +183,7 @@ class Server:
                 if journal is not None:
                     journal.add(request, answer)
                 return checked
-            if attempt < self.max_retries:
+            if attempt < retries:
                 await asyncio.sleep(pause * random.uniform(0.5, 1) if wait is None else wait)
                 pause = min(2 * pause, _LONGEST_PAUSE)
         kept = (
@@ -186,7 +195,7 @@ class Server:
             )
         )
         raise RemoteError(
-            f"smcscale: {self._where(path)} gave no usable answer in {self.max_retries + 1} "
+            f"smcscale: {self._where(path)} gave no usable answer in {retries + 1} "
             f"attempts; the last: {reason[:300]}.\n"
             f"  try: look whether the server runs, or a larger timeout or max_retries.{kept}"
         )

@@ -215,6 +215,10 @@ def save_model(
     parameters.save(folder / "model.safetensors", tensors)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(folder / "tokenizer.json")
+    # or `transformers` takes the tokenizer of the architecture, which splits words otherwise
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    told |= {"eos_token": "<end>", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told, indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:

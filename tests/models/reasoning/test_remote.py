@@ -97,7 +97,7 @@ def test_evidence_and_law_are_exact(several, names_stop):
     fake = FakeServer(several=several, names_stop=names_stop)
     with serving(fake) as url:
         smc = run(url, num_runs=150)
-        assert any("stop" in r for r in fake.requests[2:]) == names_stop
+        assert any("stop" in r for r in fake.requests[7:]) == names_stop
         assert any(r.get("n", 1) > 1 for r in fake.requests[2:]) == several
     evidence = np.exp(np.asarray(smc.log_evidence, np.float64))
     assert_mean(evidence / exact, 1.0, family=8, smallest_bias=0.06)
@@ -211,7 +211,7 @@ def test_finished_texts_are_left_alone():
         smc = run(url, num_particles=8, trigger=never)
     steps = {t.rstrip("!"): len(prefixes) for t, (_, prefixes) in TEXTS.items()}
     made = sum(steps[text] for text in remote_program.texts_of(smc))
-    assert made == len(fake.requests) - 2 < 3 * 8 * STEPS  # two were the trial requests
+    assert made == len(fake.requests) - 7 < 3 * 8 * STEPS  # seven were trial requests
 
 
 @pytest.mark.parametrize(
