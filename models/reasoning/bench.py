@@ -67,6 +67,7 @@ def _sweeps(n: int) -> int:
 #: `(N, max_steps) -> Method`; N counts the texts of all sweeps
 METHODS: dict[str, Callable[[int, int], Method]] = {
     "particle_filter": lambda n, steps: methods.particle_filter(),
+    "sharp_filter": lambda n, steps: methods.particle_filter(power=4),
     "best_of_n": lambda n, steps: methods.best_of_n(),
     "weighted_vote": lambda n, steps: replace(
         methods.best_of_n(), select=answers.weighted_majority

@@ -53,7 +53,7 @@ from smcscale.kernels.tilts import Optimal
 from smcscale.kernels.triggers import always, never
 from smcscale.models.reasoning import answers
 from smcscale.models.reasoning.gibbs import Sweeps
-from smcscale.models.reasoning.potentials import odds, product
+from smcscale.models.reasoning.potentials import Potential, difference, odds, product
 from smcscale.models.reasoning.program import reason
 
 
@@ -95,9 +95,19 @@ def self_consistency() -> Method:
     return Method(_filter(trigger=never), select=answers.majority)
 
 
-def particle_filter(**kernels: Any) -> Method:
-    """The properly weighted filter; `kernels` as for `ParticleFilter`."""
-    return Method(_filter(**kernels))
+def particle_filter(power: float = 1.0, **kernels: Any) -> Method:
+    """The properly weighted filter of `p(y) score(y)^power`; `kernels` as for `ParticleFilter`.
+
+    Args:
+        power: above 1 scores count for more, and the filter resamples more often.
+        **kernels: as for `ParticleFilter`.
+    Raises:
+        ValueError: a power that is not positive.
+    """
+    if not power > 0:
+        raise ValueError(f"smcscale: power must be positive, got {power}.")
+    rule = Potential(difference, temperature=1 / power)
+    return Method(_filter(**kernels), {} if power == 1 else {"potential": rule})
 
 
 #: finished texts show their score at every row, as the published loops do

@@ -20,6 +20,7 @@ SCORE = np.array([float(np.asarray(tiny.scores(PRM, t, e))[-1]) for t, e in TEXT
 PROPER = {
     "best of n": methods.best_of_n(),
     "filter": methods.particle_filter(),
+    "sharp": methods.particle_filter(power=1.5),
     "entropic": methods.entropic_filter(2 * STEPS),
     "entropic, entropy": methods.entropic_filter(2 * STEPS, FromEntropy()),
     "entropic, progress": methods.entropic_filter(2 * STEPS, FromProgress()),
@@ -39,7 +40,7 @@ def run(method, num_runs):
 
 
 #: the others differ from these in a schedule that the kernels' own tests look at
-QUICK = ("entropic", "steering")
+QUICK = ("entropic", "steering", "sharp")
 
 
 @pytest.mark.statistical
@@ -48,8 +49,9 @@ QUICK = ("entropic", "steering")
 )
 def test_evidence_and_law_are_exact(name):
     smc = run(PROPER[name], RUNS)
+    judged = SCORE**1.5 if name == "sharp" else SCORE
     evidence = np.exp(np.asarray(smc.log_evidence, np.float64))
-    assert_mean(evidence / (PROBABILITY @ SCORE), 1.0, family=2 * len(PROPER), smallest_bias=0.03)
+    assert_mean(evidence / (PROBABILITY @ judged), 1.0, family=2 * len(PROPER), smallest_bias=0.03)
     # mass of the texts of one step, which every method meets at another row
     short = np.array([len(ends) == 1 for _, ends in TEXTS])
     samples, log_weights = smc.get_samples(weighted=True)
@@ -59,7 +61,7 @@ def test_evidence_and_law_are_exact(name):
     chosen = np.isin(begins, list(one_step))
     longer = np.array([len(t) in one_step for t, _ in TEXTS])
     share = evidence * (weights * chosen).sum(1) / weights.sum(1)
-    expected = PROBABILITY[longer] @ SCORE[longer]
+    expected = PROBABILITY[longer] @ judged[longer]
     assert_mean(share / expected, 1.0, family=2 * len(PROPER), smallest_bias=0.1)
 
 
@@ -77,3 +79,8 @@ def test_searches_have_no_evidence(method):
     smc = run(method, 2)
     with pytest.raises(ValueError, match="target"):
         smc.log_evidence  # noqa: B018
+
+
+def test_a_power_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match="power"):
+        methods.particle_filter(0)
