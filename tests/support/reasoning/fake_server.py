@@ -35,6 +35,7 @@ class FakeServer:
     several: bool = True
     names_stop: bool = True
     usage: bool = True
+    greedy: bool = False
     faults: dict[int, str] = field(default_factory=dict)
     gone_after: int | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -43,7 +44,8 @@ class FakeServer:
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """Choices by the chain; equal requests have equal answers."""
-        rng = np.random.default_rng([body.get("seed", 0), *map(ord, body["prompt"])])
+        seed = 0 if self.greedy else body.get("seed", 0)
+        rng = np.random.default_rng([seed, *map(ord, body["prompt"])])
         stops = body.get("stop") or []
         choices, written = [], 0
         for index in range(body.get("n", 1) if self.several else 1):
