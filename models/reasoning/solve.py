@@ -15,7 +15,7 @@ from smcscale.kernels import resampling
 from smcscale.models.reasoning.language_model import LanguageModel
 from smcscale.models.reasoning.methods import Method
 from smcscale.models.reasoning.outcome import Outcome, run_method
-from smcscale.models.reasoning.program import read_prompt, reason
+from smcscale.models.reasoning.program import Reward, read_prompt, reason
 from smcscale.models.reasoning.reward_model import ProcessRewardModel
 from smcscale.models.reasoning.tasks import final_answer
 
@@ -54,7 +54,7 @@ def solve(
     question: str,
     *,
     lm: LanguageModel | None = None,
-    prm: ProcessRewardModel | None = None,
+    prm: Reward | None = None,
     num_particles: int = 16,
     method: ParticleFilter | Method | None = None,
     select: Select | None = None,
@@ -70,7 +70,7 @@ def solve(
     question: list[str] | tuple[str, ...],
     *,
     lm: LanguageModel | None = None,
-    prm: ProcessRewardModel | None = None,
+    prm: Reward | None = None,
     num_particles: int = 16,
     method: ParticleFilter | Method | None = None,
     select: Select | None = None,
@@ -85,7 +85,7 @@ def solve(
     question: str | Sequence[str],
     *,
     lm: LanguageModel | None = None,
-    prm: ProcessRewardModel | None = None,
+    prm: Reward | None = None,
     num_particles: int = 16,
     method: ParticleFilter | Method | None = None,
     select: Select | None = None,
