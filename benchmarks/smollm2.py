@@ -160,6 +160,22 @@ def chosen(name: str, run: dict) -> dict[str, str | None]:
     }
 
 
+FULL = 0.98  # a text without a fault has 0.99
+
+
+def texts_told(rows: list[dict], name: str) -> dict[str, float]:
+    """Of the texts of one kind of run: how many are right, how many have a full score, and both."""
+    right = [[answer == row["answer"] for answer in row[name]["answers"]] for row in rows]
+    full = [np.array(row[name]["scores"]) > FULL for row in rows]
+    among = [np.mean(np.array(r)[f]) for r, f in zip(right, full, strict=True) if f.any()]
+    return {
+        "share of texts that are right": float(np.mean([np.mean(r) for r in right])),
+        "share of problems with a right text": float(np.mean([any(r) for r in right])),
+        "share of texts with a full score": float(np.mean([np.mean(f) for f in full])),
+        "share of right ones among those": float(np.mean(among)) if among else 0.0,
+    }
+
+
 def summary(rows: list[dict]) -> dict:
     """The result file."""
     right: dict[str, list[float]] = {}
@@ -192,6 +208,7 @@ def summary(rows: list[dict]) -> dict:
         **made_with("jax", "smcscale", "gguf"),
         "problems": len(rows),
         "problem seed": PROBLEM_SEED,
+        "texts": {name: texts_told(rows, name) for name in RUNS},
         "differences": gains,
         "table": {"columns": ["method", "share solved (95% interval)", "tokens a problem"],
                   "rows": table},
