@@ -143,7 +143,7 @@ def problems(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
-        (["--methods", "magic"], "try some of particle_filter, best_of_n"),
+        (["--methods", "magic"], "try some of particle_filter, sharp_filter"),
         (["--prm", "/nowhere"], "add --lm FOLDER"),
         (["--lm", "/nowhere"], '"particle_filter" needs a reward model'),
         (["--lm", "/nowhere", "--prm", "/nowhere"], "/nowhere is not a folder of a model"),

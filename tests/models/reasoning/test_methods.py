@@ -83,4 +83,4 @@ def test_searches_have_no_evidence(method):
 
 def test_a_power_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match="power"):
-        methods.particle_filter(0)
+        methods.particle_filter(0.0)
