@@ -95,17 +95,21 @@ def released(
     def step(carry: tuple[Array, Array], at: tuple[Array, Array]) -> tuple[tuple, None]:
         (x, paid), (key, k) = carry, at
         high, low = schedule.level(k), schedule.level(k - 1)
-        prediction = jax.vmap(denoiser, (0, None))(x, high)
-        own = jax.vmap(lambda x, p: ancestral(None, x, p, high, low))(x, prediction)
-        logits = worth(own.mean, low, own.variance) - worth(x, high)
+
+        def moved(x: Array) -> tuple[Array, Array]:
+            own = ancestral(None, x, denoiser(x, high), high, low)
+            return own.mean, jnp.broadcast_to(own.variance, x.shape)
+
+        mean, variance = jax.vmap(moved)(x)
+        logits = worth(mean, low, variance) - worth(x, high)
         picks, noise = jax.random.split(key)
         ancestors = jax.random.categorical(picks, logits, shape=(RELEASED,))
         filtering = low.index >= last
-        mean = jnp.where(filtering, own.mean[ancestors], own.mean)
+        mean = jnp.where(filtering, mean[ancestors], mean)
         drawn = problem.active(low)
-        gain = jnp.where(drawn, own.variance / (own.variance + problem.slack(low)), 0.0)
+        gain = jnp.where(drawn, variance / (variance + problem.slack(low)), 0.0)
         mean = gain * low.alpha * problem.target + (1 - gain) * mean
-        variance = jnp.where(drawn, gain * problem.slack(low), own.variance)
+        variance = jnp.where(drawn, gain * problem.slack(low), variance)
         x = mean + jnp.sqrt(variance) * jax.random.normal(noise, x.shape)
         return (x, jnp.where(filtering, worth(x, low), paid)), None
 
