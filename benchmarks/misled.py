@@ -1,13 +1,15 @@
 """What do more particles do when the judge misleads: accuracy and reward against N, method by method?
 
-    python benchmarks/misled.py [--quick]
+    python benchmarks/misled.py [--quick] [--fresh]
 
 `misleading` problems (8 steps, each right with chance 0.75): an honest judge; a judge who believes a share of the
-errors for more than half of the text (over-confident early scores); a judge who lets a share of wrong texts
+errors for half of the text (over-confident early scores); a judge who lets a share of wrong texts
 pass with a score above that of right ones (false positives). 40 problems each, 50 runs a problem. A method
 hands in one answer; accuracy is the share of right ones, reward the judge's score of what was handed in. All
-methods of one N write as many steps. The properly weighted filters target the score to its 4th power. Intervals
-are over problems. Writes `benchmarks/results/misled.json` and `misled.png`.
+methods of one N write as many steps. The properly weighted filters target the score to its 4th power; what
+annealing adds is told against the same filter that resamples at every row as it does. Intervals
+are over problems, p-values of sign flips, corrected by Holm. Writes `benchmarks/results/misled.json` and
+`misled.png`; cells that the file has are kept, `--fresh` runs all again.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import numpy as np
 from provenance import made_with
 
 from smcscale import SMC
+from smcscale.kernels.triggers import always
 from smcscale.models.reasoning import methods, report
 from smcscale.models.reasoning.beds import unclipped
 from smcscale.models.reasoning.methods import Method
@@ -36,12 +39,14 @@ JUDGES = {
     "false positives": {"false_positives": 0.1},
 }
 SIZES = (1, 2, 4, 8, 16, 32, 64)
+RUNS = 50  # of a problem
 DEPTH = 8
 SHARP = Potential(difference, unclipped, temperature=0.25)
 #: name: method, whether the best score is handed in (else the vote by weight)
 METHODS: dict[str, tuple[Any, bool]] = {
     "best of N": (lambda n: methods.best_of_n(), True),
     "particle filter": (lambda n: methods.particle_filter(), False),
+    "particle filter, every row": (lambda n: methods.particle_filter(trigger=always), False),
     "particle filter, as published": (lambda n: methods.published_filter(), True),
     "entropic filter": (lambda n: methods.entropic_filter(DEPTH), False),
     "entropic filter, as published": (
@@ -76,12 +81,15 @@ def handed_in(method: Method, best: bool, bed: Any, size: int, runs: int, seed: 
     return answers[rows, chosen] == 0, scores[rows, chosen]
 
 
-def measured(problems: int, runs: int) -> dict:
-    """Every cell: means by problem."""
+def measured(problems: int, runs: int, kept: dict) -> dict:
+    """Every cell: means by problem; those of `kept` as they are."""
     found: dict[str, dict[str, dict[str, dict]]] = {}
     for judge, knobs in JUDGES.items():
         beds = [misleading(seed, **knobs) for seed in range(problems)]
         for name, (make, best) in METHODS.items():
+            if name in kept.get(judge, {}):
+                found.setdefault(judge, {})[name] = kept[judge][name]
+                continue
             for size in SIZES:
                 cells = [
                     handed_in(make(size), best, bed, size, runs, seed)
@@ -98,17 +106,31 @@ def measured(problems: int, runs: int) -> dict:
 
 
 def gains(found: dict) -> dict:
-    """Entropic against plain filter with the same judge, paired by problem."""
-    told = {}
-    for judge, by_name in found.items():
-        for ending in ("", ", as published"):
+    """What annealing adds, and what resampling at every row does, paired by problem."""
+    pairs = {
+        "annealing": ("entropic filter", "particle filter, every row"),
+        "resampling at every row": ("particle filter, every row", "particle filter"),
+        "annealing, as published": (
+            "entropic filter, as published",
+            "particle filter, as published",
+        ),
+    }
+    told: dict[str, dict[str, dict]] = {}
+    for what, names in pairs.items():
+        cells = {}
+        for judge, by_name in found.items():
             for size in SIZES[1:]:
-                pair = [by_name[kind + ending][str(size)]["right"]
-                        for kind in ("entropic filter", "particle filter")]  # fmt: skip
-                change = np.subtract(*pair)
-                told[f"{judge}, N = {size}{ending}"] = {
+                right = [np.asarray(by_name[name][str(size)]["right"]) for name in names]
+                change = right[0] - right[1]
+                cells[f"{judge}, N = {size}"] = {
                     "mean": float(change.mean()), "interval": report.interval(change, lowest=-1.0),
+                    "p": report.sign_flip(np.rint(change * RUNS).astype(int)),
                 }  # fmt: skip
+        for cell, p in zip(
+            cells.values(), report.holm([cell["p"] for cell in cells.values()]), strict=True
+        ):
+            cell["p"] = float(p)
+        told[what] = cells
     return told
 
 
@@ -139,9 +161,13 @@ def main() -> None:
     """Run, write the result file and the picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few problems, writes nothing")
-    quick = parser.parse_args().quick
-    found = measured(4 if quick else 40, 50)
-    if quick:
+    parser.add_argument("--fresh", action="store_true", help="keep nothing of the result file")
+    options = parser.parse_args()
+    path, kept = RESULTS / "misled.json", {}
+    if path.exists() and not options.fresh and not options.quick:
+        kept = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    found = measured(4 if options.quick else 40, RUNS, kept)
+    if options.quick:
         return
     shown = (1, 4, 16, 64)
     rows = [
@@ -153,10 +179,10 @@ def main() -> None:
         "question": (__doc__ or "").splitlines()[0],
         **made_with("jax", "numpyro", "smcscale"),
         "cells": found,
-        "entropic less plain filter": gains(found),
+        "differences": gains(found),
         "table": {"columns": ["judge: method", *(f"N = {n}" for n in shown)], "rows": rows},
     }
-    (RESULTS / "misled.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(found)
 
 

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 from jaxtyping import Array, Float
 
 from smcscale import SMC, ParticleFilter
@@ -58,9 +59,10 @@ def respaced(steps: np.ndarray) -> Schedule:
 
 
 def mean_of(values: Any) -> dict:
-    """Mean and half of its 95% interval."""
+    """Mean and half of its 95% interval (Student's t)."""
     values = np.asarray(values, np.float64)
-    return {"mean": values.mean(), "half": 1.96 * values.std(ddof=1) / np.sqrt(len(values))}
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    return {"mean": values.mean(), "half": scipy.stats.t.isf(0.025, len(values) - 1) * error}
 
 
 def told(cell: dict, digits: int = 3) -> str:

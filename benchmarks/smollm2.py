@@ -135,7 +135,7 @@ def run(
         written += [lm.decode(row[:length]) for row, length in rows]
         weights.append(np.asarray(log_weights) - np.logaddexp.reduce(log_weights))
     # of the last line that names one
-    lines = [list(filter(None, map(judge.answer.search, text.split("\n")))) for text in written]
+    lines = [list(filter(None, map(judge.said, text.split("\n")))) for text in written]
     found = [named[-1] if named else None for named in lines]
     return {
         "answers": [match[1].removesuffix(".0") if match else None for match in found],

@@ -42,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from smcscale.kernels.triggers import always
 from smcscale.models.reasoning import answers, methods
 from smcscale.models.reasoning.budget import Metered, Spent
 from smcscale.models.reasoning.grading import needs_verifier, read_answer, same_answer
@@ -49,7 +50,7 @@ from smcscale.models.reasoning.language_model import LanguageModel
 from smcscale.models.reasoning.methods import Method
 from smcscale.models.reasoning.outcome import run_method
 from smcscale.models.reasoning.problem_files import Problem
-from smcscale.models.reasoning.program import Prompt, Reward
+from smcscale.models.reasoning.program import Reward, read_prompt
 from smcscale.models.reasoning.report import HEADER, Row, read_results
 from smcscale.models.reasoning.rewards import RewardFunction
 
@@ -64,7 +65,12 @@ def _sweeps(n: int) -> int:
     return max(1, min(4, n // 2))
 
 
-#: `(N, max_steps) -> Method`; N counts the texts of all sweeps
+def _chosen(n: int, populations: int) -> dict[str, Any]:
+    """Kernels of sweeps: two texts resample at every row, as their ESS is never below half of two."""
+    return {"trigger": always} if n // populations < 3 else {}
+
+
+#: `(N, max_steps) -> Method`; N counts the texts of all sweeps, the kept ones too
 METHODS: dict[str, Callable[[int, int], Method]] = {
     "particle_filter": lambda n, steps: methods.particle_filter(),
     "sharp_filter": lambda n, steps: methods.particle_filter(power=4),
@@ -79,9 +85,9 @@ METHODS: dict[str, Callable[[int, int], Method]] = {
     "look_ahead": lambda n, steps: methods.look_ahead(_children(n)),
     "steering": lambda n, steps: methods.steering(n // _children(n), _children(n)),
     "entropic_filter": lambda n, steps: methods.entropic_filter(steps),
-    "particle_gibbs": lambda n, steps: methods.particle_gibbs(_sweeps(n)),
+    "particle_gibbs": lambda n, steps: methods.particle_gibbs(_sweeps(n), **_chosen(n, _sweeps(n))),
     "parallel_tempering": lambda n, steps: methods.parallel_tempering(
-        (1.0, 2.0) if n > 3 else (1.0,), _sweeps(n // 2)
+        (1.0, 2.0) if n > 3 else (1.0,), _sweeps(n // 2), **_chosen(n, 2 * _sweeps(n // 2))
     ),
     "published_filter": lambda n, steps: methods.published_filter(),
     "published_entropic_filter": lambda n, steps: methods.published_entropic_filter(steps),
@@ -231,9 +237,8 @@ class Runner:
         """Run the filter of a method."""
         started = time.perf_counter()
         reward = RewardFunction(_equal) if self.prm is None else self.prm
-        prompt = Prompt(
-            self.lm.read(self.prompt(problem)), reward.prompted(problem.question.strip() + "\n")
-        )
+        question = problem.question.strip() + "\n"
+        prompt = read_prompt(self.lm, reward, self.prompt(problem), question=question)
         metered = Metered.of(self.lm, reward, prompt)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(problem.id.encode()) >> 1)
         run_key, select_key = jax.random.split(key)

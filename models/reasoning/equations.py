@@ -30,10 +30,11 @@ import numpy as np
 
 _DIGITS = r"\d+(?:\.\d+)?"
 _SIGNS = r"[-+*/x×÷]"
-#: a whole left side: nothing that belongs to it stands before it
 _EQUATION = re.compile(
     rf"(?<![\w.)+*/×÷-])\$?({_DIGITS}(?:\s*{_SIGNS}\s*\$?{_DIGITS})+)\s*=\s*\$?(-?{_DIGITS})"
 )
+#: what a left side that goes on from before has before it; a sign alone is the mark of a list
+_BEFORE = re.compile(r"[\d)]\s*[-+*/×÷]\s*$|\)\s*$")
 _ANSWER = re.compile(r"answer\D*?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _WORDS = {
     word: float(value)
@@ -79,13 +80,10 @@ class EquationJudge(eqx.Module):
         results: set[float] = set()
         factor = 0.99
         for line in filter(None, (plain(line) for line in text.split("\n"))):
-            said = self.answer.search(line)
-            found = _EQUATION.findall(line)
-            if said is not None and not found:
-                factor *= 1.0 if float(said[1]) in results else 0.05
-                factor *= 0.5 ** unused.total()
-                continue
-            factor *= 1.0 if found else 0.7
+            said = self.said(line)
+            found = equations(line)
+            if said is None and not found:
+                factor *= 0.7
             for left, told in found:
                 operands, value = [float(n) for n in re.findall(_DIGITS, left)], float(told)
                 factor *= 1.0 if abs(reckoned(left) - value) < 1e-6 else 0.05
@@ -99,7 +97,24 @@ class EquationJudge(eqx.Module):
                         known[operand] -= 1
                 known[value] += 1
                 results.add(value)
+            if said is not None:
+                factor *= 1.0 if float(said[1]) in results else 0.05
+                factor *= 0.5 ** unused.total()
         return factor
+
+    def said(self, line: str) -> re.Match | None:
+        """The answer that a line names, in group 1: of `Answer: 12 - 5 = 7` that is 7."""
+        named = self.answer.search(line)
+        if named is None:
+            return None
+        later = equations(line[named.start(1) :])
+        return self.answer.search(f"answer {later[-1][1]}") if later else named
+
+
+def equations(line: str) -> list[tuple[str, str]]:
+    """Left side and result of every equation of which the whole left side was found."""
+    every = _EQUATION.finditer(line)
+    return [(e[1], e[2]) for e in every if not _BEFORE.search(line[: e.start()])]
 
 
 def plain(text: str) -> str:

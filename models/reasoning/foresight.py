@@ -5,9 +5,10 @@
 
 The continuation takes the likeliest token each time, is scored by the reward, and is forgotten: the text goes on
 without it. With `methods.beam_search` this is lookahead search; under any properly weighted filter with the
-potential `difference` the target stays `p(y) r(y)`, as a text that has ended is scored itself, only the
-order in which weight arrives is another. Every step costs `steps` more, of both models; what is written and
-thrown away counts as tokens.
+potential `difference` the target of texts that end stays `p(y) r(y)`, as a text that has ended is scored
+itself; only the order in which weight arrives is another. A text that runs out of steps keeps the score that
+was foreseen. Every step costs `steps` more, of both models; what is written and thrown away counts as tokens
+(`Metered` counts no FLOPs for it).
 
 Source: Snell et al. 2024 (arXiv 2408.03314), section 5.2, lookahead search.
 """
@@ -70,7 +71,7 @@ class Foresight(eqx.Module):
         return self.reward.tokenizer
 
     def prompted(self, prompt: Any) -> Prompt:
-        """A prompt read by both models."""
+        """A prompt read by both models; `read_prompt` puts the writer's own in the place of the first."""
         return Prompt(self.lm.read(prompt), self.reward.prompted(prompt))
 
     def given(self, prompt: Any) -> "Foresight":

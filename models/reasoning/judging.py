@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +75,7 @@ async def scores(judge: Judge, prompt: Any, texts: Sequence[str]) -> np.ndarray:
     return np.array([told[text] for text in texts])
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@eqx.filter_jit
 def tallies(rule: Potential, tally: Tally, scores: Any, new: Any) -> Tally:
     """Tallies `(M,)` with one more score where there is a new step."""
     return jax.vmap(lambda t, s, n: tallied(t, rule, s, n))(tally, jnp.asarray(scores), new)
@@ -85,6 +86,6 @@ def weights(rule: Potential, tally: Tally) -> np.ndarray:
     return np.array(_weights(rule, tally))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@eqx.filter_jit
 def _weights(rule: Potential, tally: Tally) -> Array:
     return jax.vmap(lambda t: rule(t.previous, t.aggregate))(tally)

@@ -103,7 +103,10 @@ def read_prompt(lm: LanguageModel, prm: Reward, prompt: Any, *, question: Any = 
         question: for the reward model instead, where `prompt` is in the language model's chat
             template and the reward model has its own.
     """
-    return Prompt(lm.read(prompt), prm.prompted(prompt if question is None else question))
+    writer, judge = lm.read(prompt), prm.prompted(prompt if question is None else question)
+    if isinstance(judge, Prompt):  # a reward that writes on does so after the writer's own prompt
+        judge = judge._replace(writer=writer)
+    return Prompt(writer, judge)
 
 
 def reason(

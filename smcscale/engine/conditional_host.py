@@ -6,7 +6,8 @@
 Transition and potential of a host model are called once a row with the particles that move; the kept path
 is not drawn again, its states, which were stored, take slot 0. It keeps its own ancestors: to draw them
 anew (`conditional.py`) takes the density of a transition, which a host model need not have. A sweep with a
-path from the filter's target leaves that law unchanged, with any number of particles.
+path from the filter's target leaves that law unchanged, with any number of particles. The states of all rows
+are held until the sweep ends.
 
 Source: Andrieu, Doucet & Holenstein 2010, section 4.3.
 """
@@ -24,12 +25,12 @@ from smcscale.engine import conditional
 from smcscale.engine.bound import bind
 from smcscale.engine.compiled import row_at
 from smcscale.engine.host import checked, scores, wait_for
-from smcscale.feynman_kac import FeynmanKac, weighted
+from smcscale.feynman_kac import FeynmanKac, Weighted, weighted
 from smcscale.kernels.resampling.conditional import form_of
 
 
 class Path(NamedTuple):
-    """What one particle went through: its states, the initial one first, and a log-weight increment a row."""
+    """What one particle went through: its states and log-weight increments, the initial ones first."""
 
     states: list[Any]
     increments: list[float]
@@ -88,15 +89,17 @@ def sweep(
     if model.capabilities.inputs_at_start:
         raise ValueError("smcscale: conditional SMC takes no model with a row for its initial law.")
     bound = bind(pf, () if inputs is None else (inputs,), {}, num_steps)
-    if kept is not None and (num_particles < 2 or len(kept.increments) != bound.num_steps):
+    if kept is not None and (num_particles < 2 or len(kept.states) != bound.num_steps + 1):
         raise ValueError(
             f"smcscale: a sweep of {bound.num_steps} rows needs a kept path as long and particles "
-            f"beside it; got {len(kept.increments)} rows and num_particles = {num_particles}."
+            f"beside it; got {len(kept.states) - 1} rows and num_particles = {num_particles}."
         )
     fixed = 0 if kept is None else 1
-    start = jax.vmap(model.initial)(jax.random.split(keys.initial(key), num_particles - fixed))
-    states = _joined(None if kept is None else kept.states[0], start)
-    lw, evidence = np.zeros(num_particles, np.float32), 0.0
+    split = jax.random.split(keys.initial(key), num_particles - fixed)
+    start = weighted(jax.vmap(model.initial)(split))
+    states = _joined(None if kept is None else kept.states[0], start.state)
+    begun = _increments(start, num_particles - fixed, None if kept is None else kept.increments[0])
+    lw, evidence = np.array(begun), 0.0
     cost: dict[str, float] = {}
     rows: list[tuple[np.ndarray, np.ndarray]] = []  # ancestors, increments
     history = [states]
@@ -113,29 +116,33 @@ def sweep(
         free = jax.tree.map(lambda x: x[fixed:], previous)
         returned = weighted(wait_for(model.transition(move_keys, free, row)))
         moved = checked(returned.state, free)
-        increments = np.asarray(
-            scores("log_increment", returned.log_increment, (num_particles - fixed,))
-        )
+        old = None if kept is None else kept.increments[time + 1]
+        increments = _increments(returned, num_particles - fixed, old)
         states = _joined(None if kept is None else kept.states[time + 1], moved)
-        if kept is not None:
-            increments = np.concatenate([[kept.increments[time]], increments])
         potential = wait_for(model.log_potential(previous, states, row))
         lw = lw + increments + np.asarray(scores("log_potential", potential, (num_particles,)))
         if np.isnan(lw).any() or (lw == np.inf).any() or (lw == -np.inf).all():
             what = "all -inf" if (lw == -np.inf).all() else "NaN or +inf"
             raise FloatingPointError(f"smcscale: the log-weights are {what} at row {time}.")
+        evidence, lw = evidence + float(lw.max()), lw - lw.max()  # float32 keeps small ones apart
         if model.cost is not None:
             for name, spent in model.cost(free, moved, row).items():
                 cost[name] = cost.get(name, 0.0) + float(np.sum(spent))
         rows.append((ancestors, increments))
         history.append(states)
     chosen = int(jax.random.categorical(keys.readout(key), jnp.asarray(lw)))
-    path = _traced(history, rows, chosen)
+    path = _traced(history, begun, rows, chosen)
     told = (evidence + _log_mean(lw), fired, cost)
-    return HostSweep(states, jnp.asarray(lw - lw.max()), path, *told)
+    return HostSweep(states, jnp.asarray(lw), path, *told)
 
 
-def _traced(history: list, rows: list, chosen: int) -> Path:
+def _increments(drawn: Weighted, count: int, kept: float | None) -> np.ndarray:
+    """Of the particles that moved, after that of the kept one."""
+    own = np.asarray(scores("log_increment", drawn.log_increment, (count,)))
+    return own if kept is None else np.concatenate([np.asarray([kept], own.dtype), own])
+
+
+def _traced(history: list, begun: np.ndarray, rows: list, chosen: int) -> Path:
     """The path that ends in one particle of the last row."""
     taken, increments = [chosen], []
     for ancestors, gained in reversed(rows):
@@ -143,7 +150,7 @@ def _traced(history: list, rows: list, chosen: int) -> Path:
         taken.append(int(ancestors[taken[-1]]))
     at = zip(history, reversed(taken), strict=True)
     states = [jax.tree.map(lambda x, i=index: x[i], row) for row, index in at]
-    return Path(states, increments[::-1])
+    return Path(states, [float(begun[taken[-1]]), *increments[::-1]])
 
 
 def _joined(first: Any, others: Any) -> Any:

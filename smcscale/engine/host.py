@@ -148,6 +148,13 @@ def wait_for(value: Any) -> Any:
     """The value, or what an awaitable gives; a notebook's own event loop is left alone."""
     if not inspect.isawaitable(value):
         return value
+    if asyncio._get_running_loop() is _event_loop():
+        if inspect.iscoroutine(value):
+            value.close()
+        raise RuntimeError(
+            "smcscale: a host function started a run inside its own event loop, which would wait for "
+            "itself.\n  try: `await asyncio.to_thread(smc.run, ...)`, or a plain function."
+        )
     pending = asyncio.run_coroutine_threadsafe(_coroutine(value), _event_loop())
     try:
         return pending.result()

@@ -66,7 +66,7 @@ def exact():
 def as_path(values):
     whole = (0, 0, *values)
     states = [{"old": jnp.int32(a), "last": jnp.int32(b)} for a, b in itertools.pairwise(whole)]
-    return Path(states, [float(np.log(BONUS[v])) for v in values])
+    return Path(states, [0.0, *(float(np.log(BONUS[v])) for v in values)])
 
 
 def values_of(path):
@@ -140,7 +140,9 @@ def test_the_kept_path_stays_and_paths_are_whole():
     values = values_of(made.path)
     for row, state in enumerate(made.path.states[1:]):
         assert int(state["old"]) == (0, *values)[row]
-        np.testing.assert_allclose(made.path.increments[row], np.log(BONUS[values[row]]), rtol=1e-6)
+        np.testing.assert_allclose(
+            made.path.increments[row + 1], np.log(BONUS[values[row]]), rtol=1e-6
+        )
 
 
 def test_bad_input_is_refused():

@@ -1,6 +1,7 @@
 """Models whose transition runs Python: equal laws, one call a row, errors, no compilations."""
 
 import asyncio
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,15 @@ def test_inside_a_running_event_loop():
         return run(model(wait=True)).log_evidence
 
     assert np.array_equal(asyncio.run(notebook()), run(model()).log_evidence)
+
+
+def test_a_run_inside_a_host_function_that_is_awaited_is_refused():
+    async def transition(keys, previous, y):
+        return run(model(wait=True))
+
+    program = dataclasses.replace(model(), transition=transition)
+    with pytest.raises(RuntimeError, match="to_thread"):
+        run(program)
 
 
 def test_paths_follow_the_ancestors():

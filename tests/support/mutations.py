@@ -349,8 +349,8 @@ MUTATIONS = [
     Mutation(
         "a kept path of a host model without its increments",
         "smcscale/engine/conditional_host.py",
-        "np.concatenate([[kept.increments[time]], increments])",
-        "np.concatenate([[0.0], increments])",
+        "else kept.increments[time + 1]",
+        "else 0.0",
         "tests/engine/test_conditional_host.py -k weights_are",
     ),
     Mutation(

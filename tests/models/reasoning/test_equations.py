@@ -34,12 +34,25 @@ QUESTION = (
         ("5 + 4 * 3 = 17\n", 1.0),
         ("5 + 4 * 3 = 27\n", 0.05),
         ("So $4 * $3 = $12.\n", 1.0),
+        ("(4 * 3) - 5 + 4 = 11\n", 0.7),  # nor is what comes after them
+        ("4 * 3 / 5 - (3 - 4) + 2 = 5\n", 0.7),
+        ("- 4 * 3 = 12\n- 12 - 5 = 7\nAnswer: 7\n", 1.0),  # a list
+        ("4 * 3 = 12\nAnswer: 12 - 5 = 7\n", 1.0),
+        ("Answer: 4 + 3 = 7\n", 0.5),  # the 5 is not used
+        ("4 * 3 = 12\nAnswer: 7, for 12 - 5 = 7\n", 1.0),
         ("(4 + 5) / 3 = 3\n", 0.7),  # brackets are not read, and nothing inside is either
         ("4 * 3 = 13\n13 - 5 = 9\nAnswer: 9\n", 0.05**2),
     ],
 )
 def test_faults_by_hand(text, factor):
     assert EquationJudge(QUESTION).score(text) == pytest.approx(0.99 * factor)
+
+
+def test_the_answer_of_a_line_that_reckons_is_its_result():
+    judge = EquationJudge(QUESTION)
+    assert judge.said("Answer: 12 - 5 = 7")[1] == "7"
+    assert judge.said("Answer: 7")[1] == "7"
+    assert judge.said("12 - 5 = 7") is None
 
 
 def test_thousands_and_words():

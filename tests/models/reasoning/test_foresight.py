@@ -93,6 +93,15 @@ def test_a_network_writes_on_from_its_own_cache():
     np.testing.assert_allclose(judged.score, expected, rtol=1e-4)
 
 
+def test_it_writes_on_after_the_prompt_of_the_writer():
+    lm, prm = tiny.language_model(max_tokens=8), tiny.reward_model()
+    seen = Foresight(prm, lm, 1)
+    prompt = read_prompt(lm, seen, tiny.PROMPT, question=[tiny.B, tiny.A])
+    np.testing.assert_array_equal(prompt.judge.writer.tokens, prompt.writer.tokens)
+    judge = prm.prompted([tiny.B, tiny.A])
+    np.testing.assert_array_equal(prompt.judge.judge.tokens, judge.tokens)
+
+
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="negative"):
         Foresight(tiny.reward_model(), tiny.language_model(), -1)

@@ -12,7 +12,7 @@ from smcscale import SMC, ParticleFilter
 from smcscale.kernels import triggers
 from smcscale.models.reasoning.host_program import host_reason, texts_of
 from smcscale.models.reasoning.language_model import LanguageModel
-from smcscale.models.reasoning.potentials import difference, product
+from smcscale.models.reasoning.potentials import Potential, difference, product
 from smcscale.models.reasoning.tokenizer import Tokenizer
 from support.compilations import compilations
 from support.montecarlo import assert_mean
@@ -94,6 +94,14 @@ def test_a_judge_may_be_async():
 
     now, then = run(), run(judge=later)
     np.testing.assert_array_equal(now.log_evidence, then.log_evidence)
+
+
+def test_a_temperature_may_be_an_array():
+    hot, same = (
+        run(potential=Potential(difference, temperature=t)).log_evidence
+        for t in (2.0, np.array(2.0))
+    )
+    np.testing.assert_allclose(hot, same, rtol=1e-6)
 
 
 def test_a_judge_may_run_a_loop_of_its_own():
