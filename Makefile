@@ -74,13 +74,13 @@ test-grid: $(STAMPS)/dev  ## every scheme x trigger x tilt x program (writes ben
 	$(PY) benchmarks/grid.py
 	$(PYTEST) -n 2 -m grid
 
-float64: $(STAMPS)/dev  ## the exact tests again in float64
-	JAX_ENABLE_X64=1 $(PYTEST) -n 2 -m "$(PLAIN) and not statistical and not compile" \
+float64: $(STAMPS)/dev  ## the exact tests again in float64, but for those that take seconds
+	JAX_ENABLE_X64=1 $(PYTEST) -n 2 -m "$(PLAIN) and not statistical and not compile and not long" \
 	  tests/kernels tests/engine tests/program tests/models/statespace
 
 devices: $(STAMPS)/dev  ## the laws of the engine again, and tests of several devices, on 8 host devices
 	XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8" $(PYTEST) -n 2 \
-	  -m "multidevice or ($(PLAIN) and not statistical and not compile)" tests/engine
+	  -m "multidevice or ($(PLAIN) and not statistical and not compile and not long)" tests/engine
 	XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8" $(PYTEST) -n 2 \
 	  -m multidevice tests/models
 
