@@ -151,9 +151,14 @@ def load_denoiser(folder: str | Path, label: int | None = None) -> Denoiser:
     Returns:
         a `Denoiser`; ask it at the levels of the schedule that `config.json` names.
     Raises:
-        FileNotFoundError, ValueError: a file is missing, cut short or of another kind.
+        FileNotFoundError, ValueError: a file is missing, cut short or of another kind; a label out of
+            range.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f'smcscale: there is no folder {folder}.\n  try: pretrained("digits") for the shipped model.'
+        )
     config = parameters.read_json(folder / "config.json")
     if config.get("model_type") != "residual_mlp" or config.get("predicts") not in _PREDICTS:
         raise ValueError(
@@ -162,6 +167,10 @@ def load_denoiser(folder: str | Path, label: int | None = None) -> Denoiser:
             "  try: a folder of save_denoiser; any other network goes into Denoiser as a callable."
         )
     shape = Shape(**{name: int(config[name]) for name in asdict(Shape())})
+    if label is not None and not 0 <= label < shape.num_classes:
+        raise ValueError(
+            f"smcscale: `label` must be 0 to {shape.num_classes - 1} or None, got {label}."
+        )
     graph, state = nnx.split(nnx.eval_shape(lambda: ResidualMLP(shape, nnx.Rngs(0))))
     tensors = parameters.load(folder / "model.safetensors")
     flat = nnx.to_flat_state(state)

@@ -223,6 +223,12 @@ class Steering(eqx.Module):
     value: Callable[[Array, Prediction, Level], Array] | None = None
 
     def __check_init__(self):
+        for name in ("reward", "rule", "tempering", "scored", "guess"):
+            if not callable(getattr(self, name)):
+                raise TypeError(
+                    f"smcscale: `{name}` of a Steering must be a function, got {getattr(self, name)!r}."
+                    + ("\n  try: scored=Interval(every=5)." if name == "scored" else "")
+                )
         if self.num_guesses and self.value is not None:
             raise ValueError(
                 "smcscale: a Steering reads noisy states by `value` or by guesses, not both.\n"

@@ -65,6 +65,12 @@ def denoise(
         noise: `shape`, before the loop; x: `shape`, the state after each move, the last one the data;
         reward: of the newest scored step (deterministic); guess: where the steering draws guesses.
     """
+    if not isinstance(shape, tuple):
+        raise TypeError(f"smcscale: `shape` must be a tuple, got {shape!r}.\n  try: shape=(64,).")
+    if steering is not None and not hasattr(steering, "num_guesses"):
+        raise TypeError(
+            f"smcscale: `steering` cannot be a {type(steering).__name__}.\n  try: Steering(reward)."
+        )
     walk = schedule.walk()
     top = schedule.level(-1)
     if start is None:

@@ -3,7 +3,8 @@
     def judge(prompt, texts):                                  # (len(texts),) in [0, 1]
         return [share_of_right_equations(text) for text in texts]
 
-    smc = SMC(ParticleFilter(host_reason(lm, judge, prompt), store="last"), num_particles=16)
+    program = host_reason(lm, judge, prompt, max_steps=12)
+    smc = SMC(ParticleFilter(program, store="last"), num_particles=16)
     smc.run(key)
     texts_of(smc, lm)
 

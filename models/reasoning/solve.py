@@ -116,6 +116,7 @@ def solve(
     """
     lm = shipped_language_model() if lm is None else lm
     prm = shipped_reward_model() if prm is None else prm
+    _check(question, lm, prm, method, select)
     if not isinstance(method, Method):
         method = Method(default_method() if method is None else method)
     options = {**method.options, **(options or {})}
@@ -137,6 +138,33 @@ def solve(
         return solved(question, key)
     keys = jax.random.split(key, len(question))
     return [solved(each, k) for each, k in zip(question, keys, strict=True)]
+
+
+def _check(question: Any, lm: Any, prm: Any, method: Any, select: Any) -> None:
+    """Refuse what is of another kind, by argument name, before anything runs."""
+    texts = [question] if isinstance(question, str) else question
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(
+            "smcscale: `question` must be text or a list of texts.\n"
+            "  try: for token ids, such as `lm.chat` gives, SMC(ParticleFilter(reason), ...)."
+        )
+    wanted = {
+        "lm": (isinstance(lm, LanguageModel), lm, "LanguageModel.from_pretrained(folder)"),
+        "prm": (
+            hasattr(prm, "prompted"), prm,
+            "RewardFunction(f) for a JAX function, `host_reason` for a judge in plain Python",
+        ),
+        "method": (
+            method is None or isinstance(method, Method | ParticleFilter), method,
+            "methods.best_of_n(), with its brackets, or ParticleFilter(reason)",
+        ),
+        "select": (select is None or callable(select), select, "a rule of answers.py"),
+    }  # fmt: skip
+    for name, (fits, given, remedy) in wanted.items():
+        if not fits:
+            raise TypeError(
+                f"smcscale: `{name}` of solve cannot be a {type(given).__name__}.\n  try: {remedy}."
+            )
 
 
 def _read(

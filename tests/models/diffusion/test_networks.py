@@ -61,6 +61,8 @@ def test_other_folders_are_refused(tmp_path, changes, message):
     _saved(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         networks.load_denoiser(tmp_path)
+    with pytest.raises(FileNotFoundError, match='pretrained\\("digits"\\)'):
+        networks.load_denoiser("digits")
 
 
 def test_judges_survive_their_folder(tmp_path):

@@ -19,6 +19,7 @@ from smcscale.models.diffusion.potentials import (
     total,
 )
 from smcscale.models.diffusion.predictors import Prediction
+from smcscale.models.diffusion.program import denoise
 
 K = 6
 SCHEDULE = schedules.vp_cosine(K)
@@ -155,3 +156,16 @@ def test_wrong_use_is_refused():
         Interval(every=0)
     with pytest.raises(ValueError, match="a scalar"):
         potentials(Steering(lambda x0: x0))
+    with pytest.raises(TypeError, match=r"Interval\(every=5\)"):
+        Steering(reward, scored=5)
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((None, 2), r"shape=\(64,\)"), ((reward, (1,)), r"Steering\(reward\)")],
+)
+def test_another_kind_is_refused_by_name(arguments, message):
+    steering, shape = arguments
+    with pytest.raises(TypeError, match=message):
+        denoise(lambda x, level: None, SCHEDULE, steering, shape=shape)

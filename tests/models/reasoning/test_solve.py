@@ -64,3 +64,21 @@ def test_rules_that_read_more_of_a_run(rule):
 def test_bad_questions_are_refused():
     with pytest.raises(ValueError, match="question is empty"):
         solve("  ")
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"question": 5}, "`question` must be text"),
+        ({"question": [1, 2]}, "`question` must be text"),
+        ({"lm": "gpt2"}, "`lm` of solve cannot be a str"),
+        ({"prm": lambda prompt, texts: [0.5] * len(texts)}, "host_reason"),
+        ({"method": "best_of_n"}, r"methods.best_of_n\(\)"),
+        ({"method": methods.look_ahead}, "with its brackets"),
+        ({"select": "majority"}, "answers.py"),
+    ],
+)
+def test_another_kind_is_refused_by_name(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        solve(**({"question": QUESTIONS[0]} | arguments))
