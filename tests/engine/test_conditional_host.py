@@ -1,5 +1,6 @@
 """Sweeps of host models that keep a path: they leave the target as it is, and give it from anywhere."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -129,6 +130,24 @@ def test_weights_are_those_of_the_paths():
     assert other != kept
     difference = float(made.log_weights[0] - made.log_weights[1])
     np.testing.assert_allclose(difference, log_weight(kept) - log_weight(other), rtol=1e-5)
+
+
+def test_weights_of_the_start_and_far_from_one_count():
+    """What `initial` weighs stays in the weights; log potentials of thousands lose nothing beside them."""
+    shift = 8192.0
+    program = dataclasses.replace(
+        MODEL,
+        initial=lambda key: Weighted(MODEL.initial(key), jnp.log(0.5)),
+        log_potential=lambda *given: log_potential(*given).astype(np.float32) - np.float32(shift),
+    )
+    pf, plain = (ParticleFilter(p, trigger=never, store="last") for p in (program, MODEL))
+    far, near = (sweep(f, jax.random.key(1), num_particles=6) for f in (pf, plain))
+    np.testing.assert_allclose(far.log_weights, near.log_weights, atol=ROWS * 6e-4)  # of 8192
+    expected = near.log_evidence + np.log(0.5) - ROWS * shift
+    assert abs(far.log_evidence - expected) < ROWS * 6e-4
+    assert far.path.increments[0] == pytest.approx(np.log(0.5))
+    again = sweep(pf, jax.random.key(2), num_particles=2, kept=far.path)
+    assert again.path.increments[0] == pytest.approx(np.log(0.5))
 
 
 def test_the_kept_path_stays_and_paths_are_whole():

@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 from rich.console import Console
 
+from smcscale.kernels.triggers import always
 from smcscale.models.reasoning import bench, grading, problem_files, report, tasks
 from smcscale.models.reasoning.bench import Runner
 from smcscale.models.reasoning.language_model import LanguageModel
@@ -467,3 +468,16 @@ def test_the_report_is_complete(tmp_path):
     ax = report.draw(rows_of(TABLE))
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a", "b"]
     ax.figure.savefig(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("method", "texts", "every_row"),
+    [
+        ("particle_gibbs", 4, True),  # two sweeps of two
+        ("particle_gibbs", 16, False),
+        ("parallel_tempering", 16, True),  # four sweeps of two, at two temperatures
+    ],
+)
+def test_chains_of_two_texts_resample_at_every_row(method, texts, every_row):
+    """The ESS of two is never below half of two."""
+    assert (bench.METHODS[method](texts, 12).filter.trigger is always) == every_row
