@@ -35,7 +35,6 @@ from jax import lax
 from jaxtyping import Array
 from numpyro.contrib.control_flow import scan
 
-from smcscale.models.diffusion.potentials import Steering
 from smcscale.models.diffusion.predictors import Prediction
 from smcscale.models.diffusion.samplers import Proposed, ancestral
 from smcscale.models.diffusion.schedules import Level, Schedule
@@ -45,7 +44,7 @@ from smcscale.program.spend import spend
 def denoise(
     denoiser: Callable[[Array, Level], Prediction],
     schedule: Schedule,
-    steering: Steering | None = None,
+    steering: Any = None,
     *,
     shape: tuple[int, ...],
     sampler: Callable[..., Any] = ancestral,
@@ -56,7 +55,7 @@ def denoise(
     Args:
         denoiser: `(x, level) -> Prediction` for one state.
         schedule: K + 1 levels.
-        steering: what to steer by; None samples the model.
+        steering: a `Steering`, or what has its face (`LinearProblem.potential()`); None samples the model.
         shape: of a state.
         sampler: `(denoiser, x, prediction, high, low) -> Distribution | Proposed`.
         start: law of the state at level K, a `Distribution` or `Proposed`; by default normal with the
@@ -118,7 +117,7 @@ def drawn(name: str, law: Any) -> Any:
     return value
 
 
-def guessed(name: str, steering: Steering, x: Array, prediction: Prediction, level: Level) -> Any:
+def guessed(name: str, steering: Any, x: Array, prediction: Prediction, level: Level) -> Any:
     """Guesses of the data behind `x`, `(num_guesses, ...)`, or None without any."""
     if not steering.num_guesses:
         return None
