@@ -257,6 +257,7 @@ def test_a_law_taken_for_the_networks_is_caught():
         assert_target(mass, JOINT)
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 def test_runs_that_weigh_alike_are_caught():
     """Every filter with one vote: the mass of the poor schedule counts too much."""

@@ -80,7 +80,8 @@ def test_evidence_on_a_grid():
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("scale", [0.3, pytest.param(0.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [0.3, 0.0])
 def test_posterior_of_two_coordinates(scale):
     """Mean and evidence of a mixture seen through a matrix; each coordinate has its own level."""
     y, kappa = np.asarray([0.6, -0.2]), 1e-3
