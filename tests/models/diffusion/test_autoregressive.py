@@ -179,10 +179,10 @@ def test_a_running_value_at_the_end_would_be_seen(monkeypatch):
 # ---- clusters
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
 @pytest.mark.parametrize(
-    ("numbers", "sizes", "share"),
-    [([8, 4, 3], (0, 4, 3), 0.0), pytest.param(6, (0, 3, 4), 2.0, marks=pytest.mark.slow)],
+    ("numbers", "sizes", "share"), [([8, 4, 3], (0, 4, 3), 0.0), (6, (0, 3, 4), 2.0)]
 )
 def test_clusters_with_their_weights_leave_the_target(numbers, sizes, share):
     smc = run(
