@@ -11,6 +11,7 @@ PY := $(BIN)/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMPS := $(VENV)/.stamps
 PYTEST := $(PY) -m pytest --quiet
+SPREAD := -n 2 --dist loadgroup
 PLAIN := not slow and not grid
 # what `make test` runs, in this order, each timed
 STEPS := lint types test-all float64 devices mutants-quick wheel
@@ -58,34 +59,34 @@ test: $(STAMPS)/dev  ## all checks that CI runs, with times
 # annotations are checked at run time in the exact tests; not where compilations are counted, nor
 # where wrong types are given to see the project's own message
 test-all: $(STAMPS)/dev  ## plain and statistical tests, doctests, README blocks, notebooks
-	SMCSCALE_CHECK_TYPES=1 $(PYTEST) -n 2 --durations 15 \
+	SMCSCALE_CHECK_TYPES=1 $(PYTEST) $(SPREAD) --durations 15 \
 	  -m "$(PLAIN) and not statistical and not compile and not refusal"
-	$(PYTEST) -n 2 --durations 15 -m "$(PLAIN) and (statistical or compile or refusal)"
+	$(PYTEST) $(SPREAD) --durations 15 -m "$(PLAIN) and (statistical or compile or refusal)"
 
 test-fast: $(STAMPS)/dev  ## exact tests that are quick; no language models, notebooks, README
-	$(PYTEST) -n 2 -m "$(PLAIN) and not statistical and not compile and not long" \
+	$(PYTEST) $(SPREAD) -m "$(PLAIN) and not statistical and not compile and not long" \
 	  --ignore tests/test_notebooks.py --ignore tests/test_readme.py --ignore tests/models/reasoning \
 	  --ignore tests/models/diffusion
 
 test-slow: $(STAMPS)/dev  ## tests that take minutes
-	$(PYTEST) -n 2 -m slow
+	$(PYTEST) $(SPREAD) -m slow
 
 test-grid: $(STAMPS)/dev  ## every scheme x trigger x tilt x program (writes benchmarks/results/grid.json), sampler x rule
 	$(PY) benchmarks/grid.py
-	$(PYTEST) -n 2 -m grid
+	$(PYTEST) $(SPREAD) -m grid
 
 float64: $(STAMPS)/dev  ## the exact tests again in float64, but for those that take seconds
-	JAX_ENABLE_X64=1 $(PYTEST) -n 2 -m "$(PLAIN) and not statistical and not compile and not long" \
+	JAX_ENABLE_X64=1 $(PYTEST) $(SPREAD) -m "$(PLAIN) and not statistical and not compile and not long" \
 	  tests/kernels tests/engine tests/program tests/models/statespace
 
 devices: $(STAMPS)/dev  ## the laws of the engine again, and tests of several devices, on 8 host devices
-	XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8" $(PYTEST) -n 2 \
+	XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8" $(PYTEST) $(SPREAD) \
 	  -m "multidevice or ($(PLAIN) and not statistical and not compile and not long)" tests/engine
-	XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8" $(PYTEST) -n 2 \
+	XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=8" $(PYTEST) $(SPREAD) \
 	  -m multidevice tests/models
 
 fuzz: $(STAMPS)/dev  ## property tests with many more examples
-	$(PYTEST) -n 2 -m hypothesis --hypothesis-profile=fuzz
+	$(PYTEST) $(SPREAD) -m hypothesis --hypothesis-profile=fuzz
 
 mutants: $(STAMPS)/dev  ## plant every listed bug, one at a time, and report those no test catches
 	$(PY) tests/support/mutations.py
@@ -94,7 +95,7 @@ mutants-quick: $(STAMPS)/dev
 	$(PY) tests/support/mutations.py --one-per-room
 
 notebooks: $(STAMPS)/dev  ## run the notebooks top to bottom
-	$(PYTEST) -n 2 tests/test_notebooks.py
+	$(PYTEST) $(SPREAD) tests/test_notebooks.py
 
 # ---- code
 

@@ -43,7 +43,8 @@ def table(name: str, results: Path = HERE / "results") -> str:
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
     text = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
     found = result.get("machine", {})
-    where = f"{found['cores']} cores, {found['cpu']}" if found.get("cores") else ""
+    cores = found.get("cores")
+    where = f"{cores} core{'s' * (cores > 1)}, {found['cpu']}" if cores else ""
     source = ", ".join(
         part for part in (f"`benchmarks/results/{path.name}`", result.get("date"), where) if part
     )

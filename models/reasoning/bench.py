@@ -65,7 +65,7 @@ def _sweeps(n: int) -> int:
     return max(1, min(4, n // 2))
 
 
-def _chosen(n: int, populations: int) -> dict[str, Any]:
+def _sweep_kernels(n: int, populations: int) -> dict[str, Any]:
     """Kernels of sweeps: two texts resample at every row, as their ESS is never below half of two."""
     return {"trigger": always} if n // populations < 3 else {}
 
@@ -85,9 +85,11 @@ METHODS: dict[str, Callable[[int, int], Method]] = {
     "look_ahead": lambda n, steps: methods.look_ahead(_children(n)),
     "steering": lambda n, steps: methods.steering(n // _children(n), _children(n)),
     "entropic_filter": lambda n, steps: methods.entropic_filter(steps),
-    "particle_gibbs": lambda n, steps: methods.particle_gibbs(_sweeps(n), **_chosen(n, _sweeps(n))),
+    "particle_gibbs": lambda n, steps: methods.particle_gibbs(
+        _sweeps(n), **_sweep_kernels(n, _sweeps(n))
+    ),
     "parallel_tempering": lambda n, steps: methods.parallel_tempering(
-        (1.0, 2.0) if n > 3 else (1.0,), _sweeps(n // 2), **_chosen(n, 2 * _sweeps(n // 2))
+        (1.0, 2.0) if n > 3 else (1.0,), _sweeps(n // 2), **_sweep_kernels(n, 2 * _sweeps(n // 2))
     ),
     "published_filter": lambda n, steps: methods.published_filter(),
     "published_entropic_filter": lambda n, steps: methods.published_entropic_filter(steps),

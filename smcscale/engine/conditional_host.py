@@ -99,7 +99,7 @@ def sweep(
     start = weighted(jax.vmap(model.initial)(split))
     states = _joined(None if kept is None else kept.states[0], start.state)
     begun = _increments(start, num_particles - fixed, None if kept is None else kept.increments[0])
-    lw, evidence = np.array(begun), 0.0
+    evidence, lw = _recentred(np.array(begun), "at the start")
     cost: dict[str, float] = {}
     rows: list[tuple[np.ndarray, np.ndarray]] = []  # ancestors, increments
     history = [states]
@@ -120,11 +120,9 @@ def sweep(
         increments = _increments(returned, num_particles - fixed, old)
         states = _joined(None if kept is None else kept.states[time + 1], moved)
         potential = wait_for(model.log_potential(previous, states, row))
-        lw = lw + increments + np.asarray(scores("log_potential", potential, (num_particles,)))
-        if np.isnan(lw).any() or (lw == np.inf).any() or (lw == -np.inf).all():
-            what = "all -inf" if (lw == -np.inf).all() else "NaN or +inf"
-            raise FloatingPointError(f"smcscale: the log-weights are {what} at row {time}.")
-        evidence, lw = evidence + float(lw.max()), lw - lw.max()  # float32 keeps small ones apart
+        gained = increments + np.asarray(scores("log_potential", potential, (num_particles,)))
+        level, lw = _recentred(lw + gained, f"at row {time}")
+        evidence += level
         if model.cost is not None:
             for name, spent in model.cost(free, moved, row).items():
                 cost[name] = cost.get(name, 0.0) + float(np.sum(spent))
@@ -140,6 +138,14 @@ def _increments(drawn: Weighted, count: int, kept: float | None) -> np.ndarray:
     """Of the particles that moved, after that of the kept one."""
     own = np.asarray(scores("log_increment", drawn.log_increment, (count,)))
     return own if kept is None else np.concatenate([np.asarray([kept], own.dtype), own])
+
+
+def _recentred(lw: np.ndarray, where: str) -> tuple[float, np.ndarray]:
+    """The largest log-weight, and all less it: float32 keeps small ones apart."""
+    if np.isnan(lw).any() or (lw == np.inf).any() or (lw == -np.inf).all():
+        what = "all -inf" if (lw == -np.inf).all() else "NaN or +inf"
+        raise FloatingPointError(f"smcscale: the log-weights are {what} {where}.")
+    return float(lw.max()), lw - lw.max()
 
 
 def _traced(history: list, begun: np.ndarray, rows: list, chosen: int) -> Path:

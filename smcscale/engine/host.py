@@ -148,7 +148,7 @@ def wait_for(value: Any) -> Any:
     """The value, or what an awaitable gives; a notebook's own event loop is left alone."""
     if not inspect.isawaitable(value):
         return value
-    if asyncio._get_running_loop() is _event_loop():
+    if _inside_event_loop():
         if inspect.iscoroutine(value):
             value.close()
         raise RuntimeError(
@@ -165,6 +165,13 @@ def wait_for(value: Any) -> Any:
 
 async def _coroutine(value: Awaitable) -> Any:
     return await value
+
+
+def _inside_event_loop() -> bool:
+    try:
+        return asyncio.get_running_loop() is _event_loop()
+    except RuntimeError:  # no loop runs here
+        return False
 
 
 @functools.cache

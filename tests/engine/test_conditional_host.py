@@ -183,3 +183,8 @@ def test_bad_input_is_refused():
     )  # fmt: skip
     with pytest.raises(FloatingPointError, match="row 0"):
         sweep(ParticleFilter(broken, store="last"), jax.random.key(0), num_particles=3)
+    broken = dataclasses.replace(MODEL, initial=lambda key: Weighted(MODEL.initial(key), jnp.nan))
+    with pytest.raises(FloatingPointError, match="at the start"):
+        sweep(
+            ParticleFilter(broken, trigger=always, store="last"), jax.random.key(0), num_particles=3
+        )

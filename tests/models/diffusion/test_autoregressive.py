@@ -19,6 +19,7 @@ from smcscale.models.diffusion.networks import PRETRAINED
 from smcscale.models.diffusion.potentials import Interval, Steering
 from smcscale.models.diffusion.scale_networks import ScaleMLP, Shape, load_scales, save_scales
 from smcscale.weights import ess
+from support.rules import OneRule
 from support.sequences import assert_sequences, sequence_masses
 
 V, COUNTS, RUNS = 3, (1, 2, 1), 4000
@@ -62,20 +63,8 @@ class TableReward(eqx.Module):
         return self.values[tuple(image.astype(int))]
 
 
-RULES = (potentials.difference, potentials.maximum, potentials.total, potentials.product)
-
-
-class OneRule(eqx.Module):
-    """A rule chosen by an array, so that four rules share one compiled program."""
-
-    which: jax.Array
-
-    def __call__(self, seen, strength):
-        return jnp.stack([rule(seen, strength) for rule in RULES])[self.which]
-
-
 class OneTrigger(eqx.Module):
-    """Likewise a trigger: 0 never, 2 always, between them by ESS."""
+    """A trigger chosen by an array, so that all share one compiled program: 0 never, 2 always, between them by ESS."""
 
     share: jax.Array
 

@@ -79,6 +79,13 @@ def test_a_judge_without_an_array_is_refused(tmp_path):
         load_judges(tmp_path)
 
 
+@pytest.mark.refusal
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_label_out_of_range_is_refused(label):
+    with pytest.raises(ValueError, match="`label` must be 0 to 9 or None"):
+        networks.load_denoiser(PRETRAINED / "digits", label=label)
+
+
 def test_judges_know_the_half_that_they_never_saw():
     """Accuracy of each on the other's half: never seen, and far above what a poor judge has."""
     pytest.importorskip("sklearn")

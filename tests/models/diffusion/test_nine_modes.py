@@ -33,11 +33,8 @@ FAMILY = 2 * 2 * 4
 @pytest.mark.statistical
 @pytest.mark.parametrize(
     ("name", "steps"),
-    [
-        ("r1", 8), ("r2", 32), pytest.param("r1", 32, marks=pytest.mark.slow),
-        pytest.param("r2", 8, marks=pytest.mark.slow),
-    ],
-)  # fmt: skip
+    [("r1", 8), ("r2", 8), *(pytest.param(name, 32, marks=pytest.mark.slow) for name in REWARDS)],
+)
 def test_evidence_and_masses_of_the_modes(name, steps):
     """The walk is exact at any number of steps, so only Monte Carlo error is left."""
     reward, log_z, coordinate, masses = REWARDS[name]

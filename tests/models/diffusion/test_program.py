@@ -26,26 +26,17 @@ from smcscale.models.diffusion.program import denoise
 from smcscale.models.diffusion.samplers import DDIM, DDPM, EulerMaruyama, FlowSDE, churn
 from smcscale.placement import particle_mesh
 from support.montecarlo import assert_mean
+from support.rules import OneRule
 
 MIXTURE = GaussianMixture(
     jnp.log(jnp.array([0.35, 0.65])), jnp.array([[-1.5], [1.0]]), jnp.array([[[0.3]], [[0.2]]])
 )
 NORMAL = GaussianMixture(jnp.zeros(1), jnp.array([[0.4]]), jnp.array([[[0.5]]]))
 REWARD = quadratic([[1.4]], [0.4], constant=-0.3)
-RULES = (potentials.difference, potentials.maximum, potentials.total, potentials.product)
-
-
-class OneRule(eqx.Module):
-    """A rule chosen by an array, so that four rules share one compiled program."""
-
-    which: jax.Array
-
-    def __call__(self, seen, strength):
-        return jnp.stack([rule(seen, strength) for rule in RULES])[self.which]
 
 
 class OneSampler(eqx.Module):
-    """Likewise a sampler with normal steps."""
+    """A sampler with normal steps chosen by an array, so that all share one compiled program."""
 
     members: tuple
     which: jax.Array
