@@ -11,7 +11,8 @@ PY := $(BIN)/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMPS := $(VENV)/.stamps
 PYTEST := $(PY) -m pytest --quiet
-SPREAD := -n 2 --dist loadgroup
+# one worker for all tests of a file: they share compiled programs
+SPREAD := -n 2 --dist loadfile
 PLAIN := not slow and not grid
 # what `make test` runs, in this order, each timed
 STEPS := lint types test-all float64 devices mutants-quick wheel
@@ -57,9 +58,11 @@ test: $(STAMPS)/dev  ## all checks that CI runs, with times
 	@echo "==== times"; cat $(TIMES)
 
 # annotations are checked at run time in the exact tests; not where compilations are counted, nor
-# where wrong types are given to see the project's own message
+# where wrong types are given to see the project's own message. Compiling takes most of their time, so
+# LLVM optimizes nothing there
 test-all: $(STAMPS)/dev  ## plain and statistical tests, doctests, README blocks, notebooks
-	SMCSCALE_CHECK_TYPES=1 $(PYTEST) $(SPREAD) --durations 15 \
+	SMCSCALE_CHECK_TYPES=1 XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
+	  $(PYTEST) $(SPREAD) --durations 15 \
 	  -m "$(PLAIN) and not statistical and not compile and not refusal"
 	$(PYTEST) $(SPREAD) --durations 15 -m "$(PLAIN) and (statistical or compile or refusal)"
 

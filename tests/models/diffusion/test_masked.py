@@ -204,7 +204,7 @@ TILTED = JOINT * np.exp(0.9 * REWARD)
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize(("which", "bias"), enumerate((0.06, 0.06, 0.2, 0.2)))
+@pytest.mark.parametrize(("which", "bias"), list(enumerate((0.06, 0.06, 0.2, 0.2))))
 def test_every_rule_has_the_same_target(which, bias):
     steering = TokenSteering(REWARDS, 0.9, OneRule(jnp.asarray(which)))
     mass = replicates(reveal=reveal.in_random_order, steering=steering)
