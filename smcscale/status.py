@@ -79,8 +79,8 @@ def message(
         ALL_DEAD: f"all {num_particles} particles have zero weight {where(time)}",
     }[code]
     cure = {
-        BROKEN_POTENTIAL: "check the likelihood's parameters and support at that row; a zero "
-        "likelihood is -inf, never NaN.",
+        BROKEN_POTENTIAL: "check the likelihood's parameters and support, or the reward, at that row; "
+        "a zero likelihood is -inf, never NaN.",
         BROKEN_STATE: "check the transition at that row (log or sqrt of a negative number, 0 / 0); "
         "a missing observation wants `mask` or nan_is_missing=True.",
         ALL_DEAD: "a guide that sees the observation, annealing=ESSFloor(0.5), more particles, or "

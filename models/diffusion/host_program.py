@@ -4,7 +4,7 @@
     program, rows = host_denoise(network, published, Steering(reward, strength=2.0), shape=(3, 64, 64))
     smc = SMC(ParticleFilter(program, store="last"), num_particles=8)
     smc.run(key, rows)
-    smc.result.final["x"]                                                  # the data
+    smc.result.final["x"]                            # (1, 8, 3, 64, 64): runs, particles, the data
 
 For a PyTorch model of the `diffusers` library, a network behind a server, a reward that is a Python
 function: what `denoise` cannot trace. Samplers, rules of steering and the target are those of `denoise`;
@@ -76,12 +76,17 @@ def host_denoise(
     Returns:
         the model, and the rows to run it on.
     Raises:
+        TypeError: a steering or a schedule of another kind.
         ValueError: a sampler with calls of its own, a steering with `value`, or a batch size below 1.
     """
     if getattr(sampler, "extra_calls", 0):
         raise ValueError(
             "smcscale: this sampler calls the network inside a step, which a host network cannot do.\n"
             "  try: ancestral, DDIM, EulerMaruyama, FlowSDE or churn without Heun's second call."
+        )
+    if not isinstance(steering, Steering | None):
+        raise TypeError(
+            f"smcscale: `steering` cannot be a {type(steering).__name__}.\n  try: Steering(reward)."
         )
     if steering is not None and steering.value is not None:
         raise ValueError(
@@ -90,6 +95,11 @@ def host_denoise(
         )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"smcscale: `batch_size` must be at least 1, got {batch_size}.")
+    if isinstance(published, Schedule):
+        raise TypeError(
+            "smcscale: `published` needs to know what the network predicts.\n"
+            "  try: (schedule, predictors.eps)."
+        )
     if not isinstance(published, Published):
         published = Published(*published)
     walking = Walking(published.denoiser(InPieces(network, batch_size)), steering, sampler)

@@ -6,8 +6,7 @@ where noise over signal equals that of the observation. From pure noise down to 
 drawn towards it by a conjugate (normal) step; below, it moves freely.
 
     problem = LinearProblem(matrix, y, scale, schedule)
-    smc.run(key, problem.denoiser(denoiser), schedule, problem.potential(), shape=(d,),
-            sampler=problem.sampler(), start=problem.start())
+    smc.run(key, **problem.arguments(denoiser))
     problem.data(smc.get_samples()["x"])                          # in the data's own coordinates
     smc.log_evidence + problem.log_constant                       # log p(y)
 
@@ -78,7 +77,7 @@ class LinearProblem(eqx.Module):
             schedule: variance-preserving.
             kappa: in (0, 1].
         Raises:
-            ValueError: shapes that do not fit, a negative scale, kappa out of range, a schedule that does
+            ValueError: shapes that do not fit, values that are not finite, a negative scale, kappa out of range, a schedule that does
                 not preserve the variance, or noiseless observations without signal.
         """
         a, b = np.asarray(matrix, np.float64), np.asarray(y, np.float64)
@@ -86,6 +85,12 @@ class LinearProblem(eqx.Module):
             raise ValueError(
                 f"smcscale: `matrix` has shape {a.shape} and `y` has shape {b.shape}.\n"
                 "  try: (p, d) and (p,)."
+            )
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            name = "y" if np.isfinite(a).all() else "matrix"
+            raise ValueError(
+                f"smcscale: `{name}` has values that are NaN or infinite.\n"
+                "  try: leave the rows of missing observations out of both."
             )
         if scale < 0 or not 0 < kappa <= 1:
             raise ValueError(
@@ -120,6 +125,17 @@ class LinearProblem(eqx.Module):
         if scale > 0:
             constant += np.sum(-(rest**2) / (2 * scale**2) - np.log(scale * np.sqrt(2 * np.pi)))
         self.log_constant = jnp.asarray(constant, float)
+
+    def arguments(self, denoiser: Network, inner: Callable[..., Any] = ancestral) -> dict[str, Any]:
+        """All arguments of `denoise`, which belong together: `smc.run(key, **problem.arguments(d))`."""
+        return {
+            "denoiser": self.denoiser(denoiser),
+            "schedule": self.schedule,
+            "steering": self.potential(inner),
+            "shape": (len(self.target),),
+            "sampler": self.sampler(inner),
+            "start": self.start(),
+        }
 
     def denoiser(self, denoiser: Network) -> Network:
         """The denoiser in the basis of the singular vectors."""

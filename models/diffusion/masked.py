@@ -5,6 +5,9 @@ A sequence has L tokens in `[0, V)`; the value V is the mask.  A network is any 
 share that is shown, 0 at noise and 1 at data (the package's `alpha`, not its index k).  One row moves
 from `level` to `next_level`; the last one shows what is left.
 
+    from smcscale.models.diffusion.reveal import blank, even_levels, in_random_order
+    from smcscale.models.diffusion.token_steering import TokenSteering
+
     steering = TokenSteering(reward, strength=2.0)
     smc = SMC(ParticleFilter(unmask, store="last"), num_particles=64)
     smc.run(key, network, blank(L, V), even_levels(L), reveal=in_random_order, steering=steering)
@@ -103,6 +106,7 @@ def unmask(
             completions; guidance, steering: the potentials.
     Raises:
         ValueError: for `start` or `levels` of another shape.
+        TypeError: for a steering of another kind.
     """
     start, levels = jnp.asarray(start, jnp.int32), jnp.asarray(levels)
     if start.ndim != 1:
@@ -114,6 +118,11 @@ def unmask(
         raise ValueError(
             f"smcscale: `levels` of unmask must be (T + 1,) with T at least 1, got {levels.shape}.\n"
             "  try: even_levels(num_steps)."
+        )
+    if not isinstance(steering, TokenSteering | None):
+        raise TypeError(
+            f"smcscale: `steering` of unmask cannot be a {type(steering).__name__}.\n"
+            "  try: TokenSteering(reward)."
         )
     calls = 1 + getattr(guidance, "calls", 0)
 

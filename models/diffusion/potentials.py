@@ -40,6 +40,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int32
@@ -229,6 +230,11 @@ class Steering(eqx.Module):
                     f"smcscale: `{name}` of a Steering must be a function, got {getattr(self, name)!r}."
                     + ("\n  try: scored=Interval(every=5)." if name == "scored" else "")
                 )
+        if np.ndim(self.strength) or self.num_guesses < 0:
+            raise ValueError(
+                "smcscale: a Steering needs a scalar `strength` and `num_guesses` of 0 or more, got "
+                f"shape {np.shape(self.strength)} and {self.num_guesses}."
+            )
         if self.num_guesses and self.value is not None:
             raise ValueError(
                 "smcscale: a Steering reads noisy states by `value` or by guesses, not both.\n"
@@ -312,10 +318,11 @@ class Steering(eqx.Module):
             the rewards with this one, and the log potential `()`, 0 where it is not scored.
         Raises:
             ValueError: for a reward of one particle that is no scalar.
+            TypeError: for a reward that JAX cannot trace.
         """
 
         def scored() -> tuple[Seen, Array]:
-            reward = jnp.asarray(read(), seen.last.dtype)
+            reward = jnp.asarray(_traced(read), seen.last.dtype)
             if reward.shape:
                 raise ValueError(
                     f"smcscale: the reward of one particle has shape {reward.shape}.\n"
@@ -329,3 +336,13 @@ class Steering(eqx.Module):
         return lax.cond(
             self.due(made, last), scored, lambda: (seen, jnp.zeros_like(seen.log_product))
         )
+
+
+def _traced(read: Callable[[], Array]) -> Array:
+    try:
+        return read()
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        raise TypeError(
+            "smcscale: JAX cannot trace the reward, which asks for values of its argument.\n"
+            "  try: jax.numpy in place of NumPy or PyTorch, or `host_denoise`."
+        ) from error

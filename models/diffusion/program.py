@@ -63,6 +63,8 @@ def denoise(
     Sites:
         noise: `shape`, before the loop; x: `shape`, the state after each move, the last one the data;
         reward: of the newest scored step (deterministic); guess: where the steering draws guesses.
+    Raises:
+        TypeError: for an argument of another kind, by name.
     """
     if not isinstance(shape, tuple):
         raise TypeError(f"smcscale: `shape` must be a tuple, got {shape!r}.\n  try: shape=(64,).")
@@ -70,12 +72,21 @@ def denoise(
         raise TypeError(
             f"smcscale: `steering` cannot be a {type(steering).__name__}.\n  try: Steering(reward)."
         )
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"smcscale: `schedule` cannot be a {type(schedule).__name__}.\n  try: vp_linear(100)."
+        )
     walk = schedule.walk()
     top = schedule.level(-1)
     if start is None:
         start = dist.Normal(jnp.zeros(shape), schedule.initial_scale).to_event(len(shape))
     x = drawn("noise", start)
     prediction = denoiser(x, top)
+    if not isinstance(prediction, Prediction):
+        raise TypeError(
+            f"smcscale: `denoiser` returned a {type(prediction).__name__}, not a Prediction.\n"
+            "  try: Denoiser(network, predictors.eps), or x0, v, score, velocity."
+        )
     seen = None
     if steering is not None:
         zero, no = jnp.zeros((), jnp.int32), jnp.asarray(False)

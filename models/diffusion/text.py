@@ -7,6 +7,10 @@ only the last digit is written.  A line has 21 characters, and each place one me
 writing matters: a result is easy once the one before it is there, and results that are shown together
 rarely agree.
 
+    from smcscale.models.diffusion.masked import unmask
+    from smcscale.models.diffusion.networks import PRETRAINED
+    from smcscale.models.diffusion.reveal import even_levels, left_to_right
+
     network = load_text(PRETRAINED / "text")
     smc = SMC(ParticleFilter(unmask, store="last"), num_particles=64)
     smc.run(key, network, problem(encode("3+4*2-5+8-6=7,4,9,7,1")), even_levels(9),

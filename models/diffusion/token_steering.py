@@ -16,6 +16,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, ArrayLike, Float, Int
@@ -71,6 +72,17 @@ class TokenSteering(eqx.Module):
     scored: Callable[[Array], Array] = every_step
 
     def __check_init__(self):
+        for name in ("reward", "rule", "estimate", "scored"):
+            if not callable(getattr(self, name)):
+                raise TypeError(
+                    f"smcscale: `{name}` of TokenSteering must be a function, got "
+                    f"{getattr(self, name)!r}."
+                )
+        if np.ndim(self.strength):
+            raise ValueError(
+                "smcscale: `strength` of TokenSteering must be a scalar, got shape "
+                f"{np.shape(self.strength)}."
+            )
         if self.num_guesses < 1:
             raise ValueError(
                 f"smcscale: `num_guesses` of TokenSteering must be at least 1, got "
@@ -96,6 +108,10 @@ class TokenSteering(eqx.Module):
             assert self.value is not None
             reward = self.value(tokens, move.next_level)
         reward = jnp.where(move.last, self.reward(tokens), reward).astype(seen.last.dtype)
+        if reward.shape:
+            raise ValueError(
+                f"smcscale: the reward of one particle has shape {reward.shape}.\n  try: a scalar."
+            )
         known, log_potential = score(seen, reward, self.rule, strength, move.last)
         due = self.scored(move.made) | move.last
         kept = jax.tree.map(lambda new, old: jnp.where(due, new, old), known, seen)

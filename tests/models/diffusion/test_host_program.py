@@ -139,5 +139,9 @@ def test_what_cannot_run_on_the_host_is_refused():
         run(None, sampler=heun)
     with pytest.raises(ValueError, match="`value` of a Steering is traced"):
         run(Steering(reward, value=lambda x, prediction, level: x[0]))
+    with pytest.raises(TypeError, match="`steering` cannot be a function"):
+        run(reward)
+    with pytest.raises(TypeError, match="what the network predicts"):
+        host_denoise(lambda x, tau: x, schedules.vp_linear(3), shape=(2,))
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
         run(None, batch_size=0)

@@ -37,11 +37,7 @@ def run(problem, mixture, num_particles, num_runs, seed=0):
         ParticleFilter(denoise, store="last"), num_particles=num_particles, num_runs=num_runs,
         progress_bar=False,
     )  # fmt: skip
-    smc.run(
-        jax.random.key(seed), problem.denoiser(mixtures.ExactDenoiser(mixture)), problem.schedule,
-        problem.potential(), shape=(problem.target.size,), sampler=problem.sampler(),
-        start=problem.start(),
-    )  # fmt: skip
+    smc.run(jax.random.key(seed), **problem.arguments(mixtures.ExactDenoiser(mixture)))
     return smc
 
 
@@ -152,12 +148,14 @@ def test_more_observations_than_coordinates():
     ("given", "message"),
     [
         ({"y": [1.0, 2.0]}, "shape"),
+        ({"y": [np.nan]}, "`y` has values"),
+        ({"matrix": [[np.inf]]}, "`matrix` has values"),
         ({"scale": -1.0}, "scale"),
         ({"kappa": 0.0}, "kappa"),
         ({"schedule": schedules.edm(5)}, "variance-preserving"),
         ({"matrix": [[1.0], [1.0]], "y": [0.0, 1.0], "scale": 0.0}, "matrix @ x"),
     ],
-    ids=["shapes", "scale", "kappa", "schedule", "noiseless"],
+    ids=["shapes", "y", "matrix", "scale", "kappa", "schedule", "noiseless"],
 )
 def test_refusals(given, message):
     usual = {

@@ -442,6 +442,19 @@ def test_what_does_not_fit_is_refused():
         smc.run(jax.random.key(0), NETWORK, blank(L, V), jnp.ones(1))
     with pytest.raises(ValueError, match="`num_guesses` of TokenSteering must be at least 1"):
         TokenSteering(REWARDS, num_guesses=0)
+    with pytest.raises(ValueError, match=r"`strength` of TokenSteering must be a scalar.*\(2,\)"):
+        TokenSteering(REWARDS, jnp.ones(2))
+    with pytest.raises(TypeError, match="`reward` of TokenSteering must be a function, got 3.0"):
+        TokenSteering(3.0)
+    for steering, message in (
+        (
+            TokenSteering(lambda tokens: tokens * 1.0),
+            r"the reward of one particle has shape \(3,\)",
+        ),
+        (REWARDS, "`steering` of unmask cannot be a Table"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            smc.run(jax.random.key(0), NETWORK, blank(L, V), LEVELS, steering=steering)
     with pytest.raises(ValueError, match="`exponents` of Product has 0 numbers for 1 networks"):
         guidance.Product(1.0, (NETWORK,))
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpyro import handlers
 
 from smcscale.models.diffusion import schedules
 from smcscale.models.diffusion.potentials import (
@@ -158,14 +159,25 @@ def test_wrong_use_is_refused():
         potentials(Steering(lambda x0: x0))
     with pytest.raises(TypeError, match=r"Interval\(every=5\)"):
         Steering(reward, scored=5)
+    with pytest.raises(ValueError, match=r"scalar `strength`.* shape \(2,\)"):
+        Steering(reward, strength=jnp.ones(2))
+    with pytest.raises(ValueError, match="0 or more, got shape .* and -1"):
+        Steering(reward, num_guesses=-1)
+    with pytest.raises(TypeError, match="`host_denoise`"):
+        jax.jit(lambda: potentials(Steering(lambda x0: np.sum(np.asarray(x0)))))()
 
 
 @pytest.mark.refusal
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((None, 2), r"shape=\(64,\)"), ((reward, (1,)), r"Steering\(reward\)")],
+    [
+        ({"shape": 2}, r"shape=\(64,\)"),
+        ({"steering": reward}, r"Steering\(reward\)"),
+        ({"schedule": 10}, r"`schedule` cannot be a int"),
+        ({}, r"`denoiser` returned a NoneType"),
+    ],
 )
 def test_another_kind_is_refused_by_name(arguments, message):
-    steering, shape = arguments
-    with pytest.raises(TypeError, match=message):
-        denoise(lambda x, level: None, SCHEDULE, steering, shape=shape)
+    given = {"schedule": SCHEDULE, "shape": (1,)} | arguments
+    with pytest.raises(TypeError, match=message), handlers.seed(rng_seed=0):
+        denoise(lambda x, level: None, **given)
