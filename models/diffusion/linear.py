@@ -77,8 +77,9 @@ class LinearProblem(eqx.Module):
             schedule: variance-preserving.
             kappa: in (0, 1].
         Raises:
-            ValueError: shapes that do not fit, values that are not finite, a negative scale, kappa out of range, a schedule that does
-                not preserve the variance, or noiseless observations without signal.
+            ValueError: shapes that do not fit, values that are not finite, a negative scale, kappa out of
+                range, a schedule that does not preserve the variance, or noiseless observations without
+                signal.
         """
         a, b = np.asarray(matrix, np.float64), np.asarray(y, np.float64)
         if a.ndim != 2 or b.shape != a.shape[:1]:

@@ -106,7 +106,13 @@ def score(
         rule: `difference`, `maximum`, `total`, `product`.
         strength: lambda of this step.
         last: whether this is the last step.
+    Raises:
+        ValueError: for a reward of one particle that is no scalar.
     """
+    if reward.shape:
+        raise ValueError(
+            f"smcscale: the reward of one particle has shape {reward.shape}.\n  try: a scalar."
+        )
     known = Seen(reward, jnp.maximum(seen.maximum, reward), seen.total + reward, seen.log_product)
     log_potential = jnp.where(last, difference(known, strength), rule(known, strength))
     # a dead particle stays dead: no difference of infinities
@@ -323,11 +329,6 @@ class Steering(eqx.Module):
 
         def scored() -> tuple[Seen, Array]:
             reward = jnp.asarray(_traced(read), seen.last.dtype)
-            if reward.shape:
-                raise ValueError(
-                    f"smcscale: the reward of one particle has shape {reward.shape}.\n"
-                    "  try: a scalar."
-                )
             return score(seen, reward, self.rule, self.strength_at(made, last), last)
 
         if self.scored is every_step:

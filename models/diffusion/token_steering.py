@@ -108,10 +108,6 @@ class TokenSteering(eqx.Module):
             assert self.value is not None
             reward = self.value(tokens, move.next_level)
         reward = jnp.where(move.last, self.reward(tokens), reward).astype(seen.last.dtype)
-        if reward.shape:
-            raise ValueError(
-                f"smcscale: the reward of one particle has shape {reward.shape}.\n  try: a scalar."
-            )
         known, log_potential = score(seen, reward, self.rule, strength, move.last)
         due = self.scored(move.made) | move.last
         kept = jax.tree.map(lambda new, old: jnp.where(due, new, old), known, seen)

@@ -64,7 +64,7 @@ class TableReward(eqx.Module):
 
 
 class OneTrigger(eqx.Module):
-    """A trigger chosen by an array, so that all share one compiled program: 0 never, 2 always, between them by ESS."""
+    """A trigger chosen by an array, so that all share one program: 0 never, 2 always, else by ESS."""
 
     share: jax.Array
 
